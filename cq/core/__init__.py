@@ -1,0 +1,1 @@
+"""The core: pure, without commands or a terminal. See ARCHITECTURE.md."""

@@ -1,0 +1,87 @@
+"""The plug table: names without imports, one import on use.
+
+A plug is a module with a `PLUG` object, or a TOML file; its file name is its name. A *home* is a
+package whose files are the plugs of one kind (entry-point group `cq.homes`, name = kind); entry points
+in `cq.<kind>` add plugs from anywhere, such as third parties. Owns discovery only: what a plug must offer is said by
+the Protocol of its kind.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import tomllib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from cq.core.errors import PlanError
+
+KINDS = ("formats", "optimizers", "adapters", "models", "stages", "commands")
+
+
+@cache
+def _found(kind: str) -> dict[str, tuple[str, EntryPoint | None]]:
+    # name -> (where it lies, entry point or None for a module of a home)
+    found: dict[str, tuple[str, EntryPoint | None]] = {}
+    for home in entry_points(group="cq.homes"):
+        if home.name == kind:
+            package = importlib.import_module(home.value)
+            for directory in package.__path__:
+                for path in sorted(Path(directory).iterdir()):
+                    if path.suffix in {".py", ".toml"} and not path.stem.startswith("_"):
+                        place = f"{home.value}.{path.stem}" if path.suffix == ".py" else str(path)
+                        found[path.stem] = (place, None)
+    for entry in sorted(entry_points(group=f"cq.{kind}"), key=lambda e: e.name):
+        if entry.name in found and found[entry.name][0] != entry.value:
+            raise PlanError(
+                f"two plugs are named `{entry.name}`: `{found[entry.name][0]}` and `{entry.value}`",
+                hint="uninstall one of the packages that offer them",
+                code="plan.plug_twice",
+            )
+        found[entry.name] = (entry.value, entry)
+    return dict(sorted(found.items()))
+
+
+def names(kind: str) -> tuple[str, ...]:
+    """The names of all plugs of `kind`, sorted; nothing is imported but their packages."""
+    return tuple(_found(kind))
+
+
+def origin(kind: str, name: str) -> str:
+    """Where the plug lies: a module path, or a file."""
+    return _found(kind)[name][0]
+
+
+def load(kind: str, name: str) -> Any:
+    """The plug `name` of `kind`.
+
+    Raises: PlanError with near names if there is none, or if importing it fails.
+    """
+    found = _found(kind)
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=3)
+        singular = kind.removesuffix("s")
+        raise PlanError(
+            f"there is no {singular} `{name}`",
+            hint=(
+                f"did you mean {' or '.join(f'`{n}`' for n in near)}?"
+                if near
+                else f"there are: {', '.join(f'`{n}`' for n in found) or 'none'}"
+            ),
+            code=f"plan.no_{singular}",
+        )
+    place, entry = found[name]
+    try:
+        if entry is not None and ":" in entry.value:
+            return entry.load()
+        if place.endswith(".toml"):
+            return tomllib.loads(Path(place).read_text(encoding="utf-8"))
+        return importlib.import_module(place).PLUG
+    except (ImportError, AttributeError, tomllib.TOMLDecodeError) as error:
+        raise PlanError(
+            f"the plug `{name}` (`{place}`) cannot be loaded: {error}",
+            hint="update or uninstall the package that offers it",
+            code="plan.plug_broken",
+        ) from error

@@ -1,0 +1,122 @@
+"""ComfyUI's per-layer markers: `L.comfy_quant` tensors and the `_quantization_metadata` header key.
+
+Owns their text and the question which layers of a checkpoint are quantized, and how. Knows no format:
+a marker's `format` names the plug in `cq.core.formats` that understands the rest.
+
+Source: ComfyUI `comfy/ops.py:_load_quantized_module` (JSON bytes of a U8 tensor) and
+`comfy/utils.py:convert_old_quants` (the header key; its layers overwrite the tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from cq.core.checkpoint import Checkpoint
+from cq.core.errors import InputError
+from cq.core.header import printable
+
+MARKER = ".comfy_quant"
+WEIGHT = ".weight"
+HEADER_KEY = "_quantization_metadata"
+_SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_scale_2", ".weight_s_rel")
+
+
+def marker_bytes(settings: Mapping[str, Any]) -> bytes:
+    """The marker's text. Separators as ComfyUI's own files have them, so that equal settings are
+    equal bytes: `{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}`."""
+    import json
+
+    return json.dumps(dict(settings)).encode()
+
+
+def parse_marker(raw: bytes, *, layer: str) -> dict[str, Any]:
+    """The settings in a marker's bytes. Raises: InputError if they are not a JSON object."""
+    try:
+        settings = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InputError(
+            f"the marker `{layer}{MARKER}` is not JSON: {printable(str(error))}",
+            where=layer + MARKER,
+            code="input.marker",
+        ) from error
+    if not isinstance(settings, dict):
+        raise InputError(
+            f"the marker `{layer}{MARKER}` is not a JSON object",
+            where=layer + MARKER,
+            code="input.marker",
+        )
+    return settings
+
+
+def header_value(layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """The `_quantization_metadata` text for `layers` (full names, prefix included)."""
+    return orjson.dumps({"format_version": "1.0", "layers": layers}).decode()
+
+
+def header_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The layers that the header form names; empty without it.
+
+    Raises: InputError if the value is there and is not `{"layers": {name: settings}}`.
+    """
+    text = metadata.get(HEADER_KEY)
+    if text is None:
+        return {}
+    try:
+        layers = orjson.loads(text)["layers"]
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"the metadata entry `{HEADER_KEY}` is not JSON with `layers`", code="input.marker"
+        ) from error
+    if not isinstance(layers, dict) or not all(isinstance(v, dict) for v in layers.values()):
+        raise InputError(
+            f"the metadata entry `{HEADER_KEY}` has layers that are not objects",
+            code="input.marker",
+        )
+    return layers
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A layer found quantized: its name and what shows it (`marker`, `header`, `scale` or `dtype`)."""
+
+    layer: str
+    evidence: str
+
+
+def find_quantized(checkpoint: Checkpoint) -> list[Quantized]:
+    """The layers that are quantized already, by names and dtypes alone.
+
+    Anything that stores a weight as codes counts: ComfyUI's markers in either form, scales beside a
+    weight, and weights in 8-bit dtypes (also plain FP8 casts, whose lost precision no optimizer
+    brings back).
+    """
+    found: dict[str, str] = dict.fromkeys(header_layers(checkpoint.metadata), "header")
+    specs = checkpoint.specs
+    for name, spec in specs.items():
+        if name.endswith(MARKER):
+            found[name.removesuffix(MARKER)] = "marker"
+        elif name.endswith(_SCALE_SUFFIXES):
+            layer = name[: name.rindex(".")]
+            if layer + WEIGHT in specs:
+                found.setdefault(layer, "scale")
+        elif name.endswith(WEIGHT) and spec.dtype.startswith(("F8", "F4", "F6", "I8", "U8")):
+            found.setdefault(name.removesuffix(WEIGHT), "dtype")
+    return [Quantized(layer, evidence) for layer, evidence in sorted(found.items())]
+
+
+def layer_markers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """Settings of every marked layer as ComfyUI sees them: tensors, overridden by the header form.
+
+    Raises: InputError for a marker that ComfyUI could not read.
+    """
+    found = {}
+    for name in checkpoint.specs:
+        if name.endswith(MARKER):
+            layer = name.removesuffix(MARKER)
+            raw = bytes(checkpoint.read(name).reshape(-1).tolist())
+            found[layer] = parse_marker(raw, layer=layer)
+    return {**found, **header_layers(checkpoint.metadata)}

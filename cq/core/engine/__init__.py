@@ -1,0 +1,1 @@
+"""Who runs the parts of a checkpoint. `local` runs them on this machine's threads."""

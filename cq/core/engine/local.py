@@ -1,0 +1,254 @@
+"""Runs parts on this machine: worker threads under one memory budget, with progress and promises.
+
+Owns scheduling only. What is done with a part is a function; `cq.core.write` passes one that fills a
+sink, `cq verify` one that measures. Every part is computed by one thread with one torch thread, so
+results do not depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cq.core.checkpoint import Part, Piece
+from cq.core.dtypes import TensorSpec
+from cq.core.errors import InternalError, ResourceError
+
+_LIBRARY_BYTES = 300 << 20  # torch and the interpreter themselves
+
+
+class Progress(NamedTuple):
+    """How far the work is, in bytes of output and in parts, and the part last worked on."""
+
+    done: int
+    total: int
+    parts_done: int
+    parts: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How to run. `workers` None is one per core; `memory_limit` in bytes bounds the parts in flight
+    together, None is half of what the machine has free."""
+
+    workers: int | None = None
+    memory_limit: int | None = None
+    on_progress: Callable[[Progress], None] | None = None
+
+
+class Stop(Exception):
+    """Raised inside a worker when the work was called off; never leaves this module."""
+
+
+class Job:
+    """What a worker is given: its part, and the means to report and to notice a stop."""
+
+    def __init__(self, runner: _Runner, index: int, part: Part) -> None:
+        self.index = index
+        self.part = part
+        self.stop = runner.stop
+        self._runner = runner
+
+    def pieces(self) -> Iterator[Piece]:
+        """The part's pieces, each checked against the part's promise."""
+        for piece in checked(self.part):
+            if self.stop.is_set():
+                raise Stop
+            yield piece
+            self.advance(piece.tensor.nbytes)
+
+    def advance(self, nbytes: int) -> None:
+        """Report `nbytes` of output as done."""
+        self._runner.advance(nbytes, self.part.name)
+
+
+def run(
+    parts: Sequence[Part],
+    work: Callable[[Job], None],
+    settings: Settings,
+    *,
+    skip: frozenset[int] = frozenset(),
+) -> None:
+    """Do `work` for every part whose index is not in `skip`, in parallel, within the budget.
+
+    Raises: the first error of any worker, after the others have stopped; ResourceError before any
+    work if a part alone exceeds the budget; KeyboardInterrupt after an orderly stop.
+    """
+    limit = settings.memory_limit or default_memory_limit()
+    largest = max((part for part in parts), key=lambda p: p.nbytes_peak, default=None)
+    if largest is not None and largest.nbytes_peak > limit:
+        raise ResourceError(
+            f"layer `{largest.name}` needs {largest.nbytes_peak >> 20} MiB,"
+            f" over the memory limit of {limit >> 20} MiB",
+            hint="raise `--memory-limit`",
+            code="resource.memory",
+        )
+    _Runner(parts, work, settings, limit, skip).run()
+
+
+class _Runner:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        work: Callable[[Job], None],
+        settings: Settings,
+        limit: int,
+        skip: frozenset[int],
+    ) -> None:
+        self.stop = threading.Event()
+        self._work = work
+        self._limit = limit
+        self._on_progress = settings.on_progress
+        self._queue = [(i, part) for i, part in enumerate(parts) if i not in skip]
+        self._next = 0
+        self._in_flight = 0
+        self._running = 0
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._parts = len(parts)
+        self._parts_done = self._parts - len(self._queue)
+        self._total = sum(part.nbytes for part in parts)
+        self._done = self._total - sum(part.nbytes for _, part in self._queue)
+        self._workers = max(1, min(settings.workers or default_workers(), len(self._queue)))
+
+    def run(self) -> None:
+        threads = [
+            threading.Thread(target=self._worker, name=f"cq-{i}", daemon=True)
+            for i in range(self._workers)
+        ]
+        with single_threaded_torch(any(part.extent is None for _, part in self._queue)):
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    while thread.is_alive():  # a bare join would not see Ctrl-C on all systems
+                        thread.join(0.2)
+            except KeyboardInterrupt:
+                self._halt()
+                for thread in threads:
+                    thread.join()
+                raise
+        if self._error is not None:
+            raise self._error
+
+    def advance(self, nbytes: int, name: str) -> None:
+        with self._changed:
+            self._done += nbytes
+            event = Progress(self._done, self._total, self._parts_done, self._parts, name)
+            if self._on_progress is not None:
+                self._on_progress(event)
+
+    def _halt(self) -> None:
+        self.stop.set()
+        with self._changed:
+            self._changed.notify_all()
+
+    def _worker(self) -> None:
+        while (job := self._take()) is not None:
+            try:
+                self._work(job)
+            except Stop:
+                return
+            except BaseException as error:
+                with self._changed:
+                    self._error = self._error or error
+                self._halt()
+                return
+            finally:
+                with self._changed:
+                    self._in_flight -= job.part.nbytes_peak
+                    self._running -= 1
+                    self._parts_done += 1
+                    self._changed.notify_all()
+
+    def _take(self) -> Job | None:
+        with self._changed:
+            while not self.stop.is_set() and self._next < len(self._queue):
+                index, part = self._queue[self._next]
+                if not self._running or self._in_flight + part.nbytes_peak <= self._limit:
+                    self._next += 1
+                    self._running += 1
+                    self._in_flight += part.nbytes_peak
+                    return Job(self, index, part)
+                self._changed.wait()
+            return None
+
+
+def checked(part: Part) -> Iterator[Piece]:
+    """The part's pieces, proven to be what its specs promise: dtype, shape, and every row once.
+
+    Raises: InternalError naming the tensor; a broken promise is a bug, never a file.
+    """
+    from cq.core.dtypes import spec_of
+
+    rows_done = dict.fromkeys(part.tensors, 0)
+    for piece in part.produce():
+        spec = part.tensors.get(piece.name)
+        actual = spec_of(piece.tensor)
+        if spec is None:
+            raise InternalError(f"a part produced `{piece.name}`, which it never promised")
+        rows = actual.shape[0] if actual.shape else 1
+        promised = TensorSpec(spec.dtype, (rows, *spec.shape[1:]) if spec.shape else ())
+        if actual != promised or piece.start != rows_done[piece.name]:
+            raise InternalError(
+                f"tensor `{piece.name}` came out as {actual} at row {piece.start},"
+                f" promised was {spec} from row {rows_done[piece.name]} on"
+            )
+        rows_done[piece.name] += rows
+        yield piece
+    for name, spec in part.tensors.items():
+        if rows_done[name] != (spec.shape[0] if spec.shape else 1):
+            raise InternalError(
+                f"tensor `{name}` came out with {rows_done[name]} rows, not as {spec}"
+            )
+
+
+class single_threaded_torch:  # noqa: N801 - used as a function
+    """Within it torch operators use one thread each: workers are the parallelism, and one thread's
+    sums have one order. Does nothing, and imports nothing, unless `needed`."""
+
+    def __init__(self, needed: bool) -> None:
+        self._needed = needed
+        self._before = 0
+
+    def __enter__(self) -> None:
+        if self._needed:
+            import torch
+
+            self._before = torch.get_num_threads()
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._needed:
+            import torch
+
+            torch.set_num_threads(self._before)
+
+
+def default_workers() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_memory_limit() -> int:
+    """Half of the memory that is free now, less torch itself, in bytes; at least 256 MiB."""
+    return max(256 << 20, (free_memory() - _LIBRARY_BYTES) // 2)
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be taken without swapping; 4 GiB where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as info:  # noqa: PTH123 - not a real file
+            for line in info:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return 4 << 30

@@ -1,0 +1,113 @@
+"""The operating system's file calls that cq needs, with portable fallbacks.
+
+Owns positioned reads and writes, reserving space, kernel copies and locks. Where a platform has no
+such call (Windows has no `pread`), a lock around seek and read does the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_COPY_CHUNK = 16 << 20
+_seek_lock = threading.Lock()
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+WRITE_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def read_at(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read into `buffer` from `offset`; the number of bytes read, 0 at the end of the file."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    return seek_read(fd, buffer, offset)
+
+
+def seek_read(fd: int, buffer: memoryview, offset: int) -> int:
+    """`read_at` where the system has no positioned read."""
+    with _seek_lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    while len(data):
+        done = (
+            os.pwrite(fd, data, offset) if hasattr(os, "pwrite") else seek_write(fd, data, offset)
+        )
+        data, offset = data[done:], offset + done
+
+
+def seek_write(fd: int, data: memoryview, offset: int) -> int:
+    """One write at `offset` where the system has no positioned write; the bytes written."""
+    with _seek_lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Make the file `nbytes` long with the disk space behind it, so that no later write can fail.
+
+    Raises: OSError (ENOSPC, EFBIG) if there is no room.
+    """
+    if nbytes and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, nbytes)
+    os.ftruncate(fd, nbytes)
+
+
+def copy_range(
+    source: int, source_offset: int, target: int, target_offset: int, nbytes: int
+) -> int:
+    """Copy up to 16 MiB between files; the bytes copied, 0 if the source has ended.
+
+    The kernel copies where it can, which shares blocks on file systems that know how.
+    """
+    count = min(nbytes, _COPY_CHUNK)
+    if hasattr(os, "copy_file_range"):
+        with contextlib.suppress(OSError):  # across file systems, or not supported: copy by hand
+            return os.copy_file_range(source, target, count, source_offset, target_offset)
+    buffer = bytearray(min(count, 1 << 20))
+    got = read_at(source, memoryview(buffer), source_offset)
+    write_at(target, memoryview(buffer)[:got], target_offset)
+    return got
+
+
+def lock(fd: int) -> bool:
+    """Take the file for this process alone until it is closed; False if another process has it."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sync_directory(path: Path) -> None:
+    """Make a rename in the directory durable, where the system can sync directories."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def boot_id() -> str | None:
+    """Identifies the running system since its start, or None where that is not known.
+
+    What was written since the same boot is in the page cache even if it never reached the disk.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,254 @@
+"""Safetensors headers: parse and validate any bytes, lay a file out from specs alone, emit it byte-stably.
+
+Owns the format's rules. Knows nothing of files on disk (`cq.core.source` reads, `cq.core.sink` writes) and never torch.
+The writer is our own because safetensors' writes metadata in hash order, so equal runs give different files; for at most
+one metadata entry the bytes are equal to safetensors' own.
+
+Source: https://github.com/huggingface/safetensors (`safetensors/src/tensor.rs`: `prepare`, `Metadata::validate`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import orjson
+
+from cq.core.dtypes import DTYPES, TensorSpec
+from cq.core.errors import InputError
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more, so a file beyond it loads nowhere
+_MAX_FILE_BYTES = 1 << 62  # offsets must fit a signed 64-bit file position
+_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor's place: its spec and its byte range, counted from the start of the data area."""
+
+    spec: TensorSpec
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """A valid header: every tensor's entry in file order, the metadata, and where the data begins."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+    data_start: int
+    nbytes_data: int
+
+    @property
+    def nbytes_file(self) -> int:
+        """Size in bytes of the whole file."""
+        return self.data_start + self.nbytes_data
+
+
+def header_length(prefix: bytes, *, where: str, nbytes_file: int | None) -> int:
+    """Length of the JSON header announced by a file's first 8 bytes.
+
+    Raises: InputError if the prefix is short, the length is over 100 MB, or longer than the file.
+    """
+    if len(prefix) < 8:
+        raise InputError(
+            f"`{where}` is not a safetensors file: it has {len(prefix)} bytes, less than a header",
+            where=where,
+            code="input.truncated",
+        )
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise InputError(
+            f"`{where}` is not a safetensors file: its header would be {length} bytes long, over the format's"
+            f" limit of {MAX_HEADER_BYTES}",
+            where=where,
+            hint=_other_format(prefix),
+            code="input.header",
+        )
+    if nbytes_file is not None and 8 + length > nbytes_file:
+        raise InputError(
+            f"`{where}` is truncated: its header needs {8 + length} bytes, the file has {nbytes_file}",
+            where=where,
+            hint="download or copy the file again",
+            code="input.truncated",
+        )
+    return length
+
+
+def _other_format(prefix: bytes) -> str | None:
+    if prefix.startswith(b"GGUF"):
+        return "this is a GGUF file; cq reads safetensors"
+    if prefix.startswith(b"PK"):
+        return "this looks like a PyTorch pickle archive; convert it to safetensors first"
+    if prefix.startswith(b"\x80"):
+        return "this looks like a Python pickle; cq never opens pickles"
+    return "cq reads safetensors files, shard indexes and its own manifests"
+
+
+def parse(raw: bytes, *, where: str, nbytes_file: int | None) -> Header:
+    """Parse and validate the JSON header `raw` (without its 8 length bytes).
+
+    Total validation: UTF-8, JSON, duplicate names, known dtypes, integer shapes, sizes that equal shape x dtype, and data
+    that covers the rest of the file exactly, without gaps or overlaps. `nbytes_file` None skips the comparison with the
+    file's size (for a stream whose length is not known).
+
+    Raises: InputError naming `where` and, where one is at fault, the tensor.
+    """
+    document = _load_json(raw, where)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _invalid(where, "`__metadata__` is not an object of strings")
+    found = {name: _entry(name, value, where) for name, value in document.items()}
+    entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end, item[0])))
+    position = 0
+    for name, entry in entries.items():
+        if entry.start != position:
+            what = (
+                "overlaps the tensor before it"
+                if entry.start < position
+                else "leaves a gap before it"
+            )
+            raise _invalid(
+                where, f"tensor `{name}` {what} (starts at byte {entry.start}, expected {position})"
+            )
+        position = entry.end
+    data_start = 8 + len(raw)
+    header = Header(
+        entries=entries,
+        metadata=dict(sorted(metadata.items())),
+        data_start=data_start,
+        nbytes_data=position,
+    )
+    if nbytes_file is not None and nbytes_file != header.nbytes_file:
+        if nbytes_file < header.nbytes_file:
+            last = next(n for n, e in entries.items() if data_start + e.end > nbytes_file)
+            raise InputError(
+                f"`{where}` is truncated: {header.nbytes_file - nbytes_file} bytes are missing,"
+                f" from tensor `{last}` on",
+                where=where,
+                hint="download or copy the file again",
+                code="input.truncated",
+            )
+        raise _invalid(
+            where,
+            f"{nbytes_file - header.nbytes_file} bytes follow the last tensor that no tensor owns",
+        )
+    return header
+
+
+def _load_json(raw: bytes, where: str) -> dict[str, object]:
+    # The standard parser, not orjson: only its pairs hook shows a name that is there twice.
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            repeated.extend(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        return result
+
+    def no_constant(text: str) -> object:
+        raise ValueError(f"`{text}` is not JSON")
+
+    if not raw.startswith(b"{"):
+        raise _invalid(where, "its header does not begin with `{`")
+    try:
+        text = raw.decode("utf-8")
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        if repeated:
+            raise _invalid(where, f"`{printable(repeated[0])}` is in the header twice")
+        "".join(document).encode("utf-8")  # a lone surrogate escape parses, but is not text
+    except (UnicodeError, ValueError, RecursionError) as error:
+        raise _invalid(where, f"its header is not JSON ({printable(str(error))})") from error
+    assert isinstance(document, dict)  # it begins with `{`
+    return document
+
+
+def _entry(name: str, value: object, where: str) -> Entry:
+    shown = printable(name)
+    if not isinstance(value, dict) or value.keys() != _ENTRY_KEYS:
+        raise _invalid(where, f"tensor `{shown}` must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _invalid(where, f"tensor `{shown}` has the unknown dtype `{printable(str(dtype))}`")
+    if not isinstance(shape, list) or not all(_is_size(d) for d in shape):
+        raise _invalid(where, f"tensor `{shown}` has a shape that is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o) for o in offsets):
+        raise _invalid(where, f"tensor `{shown}` has data_offsets that are not two byte positions")
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel > _MAX_FILE_BYTES:
+            raise _invalid(where, f"tensor `{shown}` has a shape whose size overflows")
+    bits = numel * DTYPES[dtype].bits
+    start, end = offsets
+    if bits % 8 or end - start != bits // 8:
+        raise _invalid(
+            where,
+            f"tensor `{shown}` is {dtype}{shape}, which is {bits / 8:g} bytes, but its offsets span {end - start}",
+        )
+    return Entry(TensorSpec(dtype, tuple(shape)), start, end)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_FILE_BYTES
+
+
+def _invalid(where: str, what: str) -> InputError:
+    return InputError(
+        f"`{where}` is not a valid safetensors file: {what}", where=where, code="input.header"
+    )
+
+
+def printable(text: str, limit: int = 200) -> str:
+    """`text` fit for a message: one line, no control characters, at most `limit` characters."""
+    clean = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text
+    )
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
+def lay_out(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
+    """Lay a file out: its first bytes (length and padded JSON) and where every tensor goes.
+
+    Tensors are ordered as safetensors orders them (dtype rank descending, then name), metadata by key. Equal arguments give
+    equal bytes on every machine.
+    """
+    order = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].rank, name.encode("utf-8")))
+    entries: dict[str, Entry] = {}
+    position = 0
+    for name in order:
+        end = position + specs[name].nbytes
+        entries[name] = Entry(specs[name], position, end)
+        position = end
+    document: dict[str, object] = {}
+    if metadata:
+        document["__metadata__"] = dict(sorted(metadata.items()))
+    for name, entry in entries.items():
+        document[name] = {
+            "dtype": entry.spec.dtype,
+            "shape": list(entry.spec.shape),
+            "data_offsets": [entry.start, entry.end],
+        }
+    raw = orjson.dumps(document)
+    raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise InputError(
+            f"the output's header would be {len(raw)} bytes, over the format's limit of {MAX_HEADER_BYTES}",
+            hint="remove metadata entries or split the checkpoint",
+            code="input.header",
+        )
+    head = len(raw).to_bytes(8, "little") + raw
+    return head, Header(
+        entries=entries,
+        metadata=dict(sorted(metadata.items())),
+        data_start=len(head),
+        nbytes_data=position,
+    )
+
+
+def total_nbytes(specs: Iterable[TensorSpec]) -> int:
+    """Sum of the tensors' sizes in bytes."""
+    return sum(spec.nbytes for spec in specs)

@@ -1,0 +1,77 @@
+"""The ConvRot regular Hadamard rotation, as ComfyUI's runtime undoes it.
+
+Source: comfy-kitchen `tensor/int8_utils.py:_build_hadamard`, `_rotate_weight`; ConvRot, arXiv 2512.03673.
+H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] / 2; H16 = H4 (x) H4, and so on: symmetric and an
+involution, so rotating twice is the identity. It is not the Sylvester matrix.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from cq.core.errors import PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+GROUPS = (256, 64, 16)  # what ComfyUI's fused kernels serve; each a power of 4, largest first
+_BLOCK_ELEMENTS = 1 << 18  # the working set of one step stays in a core's cache
+
+
+def group_for(in_features: int, largest: int) -> int | None:
+    """The largest rotation group up to `largest` that divides `in_features`, or None.
+
+    >>> group_for(3072, 256), group_for(2432, 256), group_for(3360, 256), group_for(3420, 256)
+    (256, 64, 16, None)
+    """
+    return next((g for g in GROUPS if g <= largest and in_features % g == 0), None)
+
+
+def is_group(size: int) -> bool:
+    """Whether ComfyUI can build the rotation: a power of 4, at least 4."""
+    return size >= 4 and size & (size - 1) == 0 and (size.bit_length() - 1) % 2 == 0
+
+
+@cache
+def hadamard(size: int) -> torch.Tensor:
+    """The normalized `(size, size)` matrix in float32.
+
+    Raises: PlanError if `size` is not a power of 4.
+    """
+    import torch
+
+    if not is_group(size):
+        raise PlanError(f"a rotation group must be a power of 4, not {size}", code="plan.rotation")
+    h4 = torch.tensor(
+        [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32
+    )
+    h = torch.ones(1, 1)
+    while h.shape[0] < size:
+        h = torch.kron(h, h4)
+    return h / size**0.5
+
+
+def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """Rotate each group of `group` input features of a float32 weight `(rows, K)`; a new tensor.
+
+    Rotating a second time gives the weight back. H256 is applied as H16 X H16 on 16x16 tiles
+    (Kronecker factors), a quarter of the time of the 256x256 product; against that product single
+    codes can differ at rounding ties.
+
+    Shapes: `(rows, K)` to `(rows, K)`; `group` divides K.
+    """
+    import torch
+
+    rows, features = weight.shape
+    out = torch.empty_like(weight)
+    step = max(1, _BLOCK_ELEMENTS // features)
+    for start in range(0, rows, step):
+        block, target = weight[start : start + step], out[start : start + step]
+        if group == 256:
+            h16 = hadamard(16)
+            tiles = torch.mm(block.reshape(-1, 16), h16).view(-1, 16, 16)
+            torch.matmul(h16, tiles, out=target.view(-1, 16, 16))
+        else:
+            torch.mm(block.reshape(-1, group), hadamard(group), out=target.view(-1, group))
+    return out

@@ -1,0 +1,390 @@
+"""Where a checkpoint becomes a file: laid out, reserved, filled in any order, journalled, committed.
+
+Owns `OUT.partial` and `OUT.partial.journal`. The final name only ever holds a complete file: a
+laid-out but unfilled safetensors file is valid and reads as zeros, so no name may show one. Work that
+a crash cut off is resumed when the same work (equal digest) is asked for again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Protocol
+
+import orjson
+
+from cq.core import files, header, manifest
+from cq.core.checkpoint import Checkpoint, Extent, Piece
+from cq.core.errors import CqError, InputError, InternalError, PlanError, ResourceError
+from cq.core.header import Header
+
+if TYPE_CHECKING:
+    import torch
+
+_SYNC_SECONDS = 15.0
+
+
+class Sink(Protocol):
+    """Where the engine puts what parts produce. Every method may be called from any thread."""
+
+    finished: set[int]
+
+    def write(self, piece: Piece) -> None:
+        """Put rows of a tensor in their place."""
+        ...
+
+    def copy(self, name: str, extent: Extent, stop: threading.Event) -> None:
+        """Copy a tensor's bytes from a file, unless `stop` is set meanwhile."""
+        ...
+
+    def part_done(self, index: int) -> None:
+        """All tensors of part `index` are in their place."""
+        ...
+
+
+class _OpenFile:
+    """A laid-out file, open for writing at tensor offsets: what the sinks here share."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.head, self.header = _lay_out(checkpoint)
+        self.finished: set[int] = set()
+        self.fd = -1
+
+    def write(self, piece: Piece) -> None:
+        entry = self.header.entries[piece.name]
+        offset = self.header.data_start + entry.start
+        if piece.start:
+            rows_before = type(entry.spec)(entry.spec.dtype, (piece.start, *entry.spec.shape[1:]))
+            offset += rows_before.nbytes
+        files.write_at(self.fd, _bytes_of(piece.tensor), offset)
+
+    def copy(self, name: str, extent: Extent, stop: threading.Event) -> None:
+        offset = self.header.data_start + self.header.entries[name].start
+        done = 0
+        while done < extent.nbytes and not stop.is_set():
+            got = files.copy_range(
+                extent.file.fileno(),
+                extent.offset + done,
+                self.fd,
+                offset + done,
+                extent.nbytes - done,
+            )
+            if got == 0:
+                raise InputError(
+                    f"`{extent.file.shown}` ends inside tensor `{name}`:"
+                    " it was cut while cq was reading it",
+                    where=extent.file.shown,
+                    hint="restore the file and run the command again",
+                    code="input.truncated",
+                )
+            done += got
+
+    def part_done(self, index: int) -> None:
+        self.finished.add(index)
+
+
+def _lay_out(checkpoint: Checkpoint) -> tuple[bytes, Header]:
+    metadata = dict(checkpoint.metadata)
+    if checkpoint.stages:
+        metadata[manifest.HISTORY_KEY] = manifest.history(checkpoint)
+    return header.lay_out(checkpoint.specs, metadata)
+
+
+def nbytes_file(checkpoint: Checkpoint) -> int:
+    """Size in bytes of the file that a sink would make of `checkpoint`."""
+    return _lay_out(checkpoint)[1].nbytes_file
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class FileSink(_OpenFile):
+    """Writes `checkpoint` to `target` through `target.partial`.
+
+    Use as a context manager: leaving it normally commits; leaving it by an exception that says the
+    work cannot be finished removes the partial file; leaving it by KeyboardInterrupt keeps it, as a
+    kill does, and the same call later goes on from there.
+
+    Raises: PlanError if `target` exists (without `force`), is one of the inputs, is not a regular
+    file, is being written by another process, or has a partial file of other work (without
+    `restart`); ResourceError if the disk has no room.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, target: Path, *, force: bool = False, restart: bool = False
+    ) -> None:
+        super().__init__(checkpoint)
+        self.shown = str(target)
+        # Through a link the file behind it is replaced, not the link.
+        self.target = Path(os.path.realpath(target))
+        self.partial = self.target.with_name(self.target.name + ".partial")
+        self.journal = self.target.with_name(self.target.name + ".partial.journal")
+        self._force, self._restart = force, restart
+        self._parts = len(checkpoint.parts)
+        check_target(checkpoint, target, force=force)
+        self._digest = hashlib.sha256(
+            (manifest.work_digest(checkpoint) + "\n").encode() + self.head
+        ).hexdigest()
+        self._journal_fd = -1
+        self._lock = threading.Lock()
+        self._synced_at = time.monotonic()
+
+    def __enter__(self) -> FileSink:
+        try:
+            self.fd = os.open(self.partial, files.WRITE_FLAGS, 0o666)
+        except OSError as error:
+            raise _unwritable(self.shown, error) from error
+        try:
+            self._claim()
+            if not self._resume():
+                self._start()
+        except BaseException as error:
+            keep = isinstance(error, PlanError)  # somebody else's partial file
+            self._leave(remove=not keep)
+            raise
+        return self
+
+    def _claim(self) -> None:
+        # Between open and lock the other process may have renamed the file we opened.
+        if not files.lock(self.fd) or not self._is_ours():
+            raise PlanError(
+                f"another run is writing `{self.shown}`",
+                where=self.shown,
+                hint="wait for it, stop it, or choose another output",
+                code="plan.output_busy",
+            )
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.fd), self.partial.stat())
+        except OSError:
+            return False
+
+    def _resume(self) -> bool:
+        found = read_journal(self.journal)
+        if found is None or os.fstat(self.fd).st_size == 0:
+            return False
+        digest, finished = found
+        if self._restart:
+            return False
+        if digest != self._digest or os.fstat(self.fd).st_size != self.header.nbytes_file:
+            raise PlanError(
+                f"`{self.partial}` holds unfinished work of another command",
+                where=str(self.partial),
+                hint="run that command again to finish it, or add `--restart` to discard it",
+                code="plan.other_partial",
+            )
+        self.finished = {index for index in finished if index < self._parts}
+        files.write_at(self.fd, memoryview(self.head), 0)  # a power loss may have taken it
+        self._open_journal(os.O_APPEND)
+        return True
+
+    def _start(self) -> None:
+        try:
+            os.ftruncate(self.fd, 0)
+            files.reserve(self.fd, self.header.nbytes_file)
+            files.write_at(self.fd, memoryview(self.head), 0)
+        except OSError as error:
+            raise _no_room(self.shown, self.header.nbytes_file, error) from error
+        self._open_journal(os.O_TRUNC)
+
+    def _open_journal(self, mode: int) -> None:
+        self._journal_fd = os.open(self.journal, files.WRITE_FLAGS | mode, 0o666)
+        # The leading newline closes a line that a crash may have torn.
+        line = orjson.dumps({"cq": 1, "digest": self._digest, "boot": files.boot_id()})
+        os.write(self._journal_fd, b"\n" + line + b"\n")
+
+    def part_done(self, index: int) -> None:
+        with self._lock:
+            super().part_done(index)
+            os.write(self._journal_fd, b"done %d\n" % index)
+            if time.monotonic() - self._synced_at > _SYNC_SECONDS:
+                os.fsync(self.fd)
+                os.write(self._journal_fd, b"synced\n")
+                os.fsync(self._journal_fd)
+                self._synced_at = time.monotonic()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            try:
+                self._commit()
+            except BaseException:
+                self._leave(remove=True)
+                raise
+        else:
+            self._leave(remove=not issubclass(kind, KeyboardInterrupt))
+            if isinstance(error, OSError):
+                raise _no_room(self.shown, self.header.nbytes_file, error) from error
+
+    def _commit(self) -> None:
+        if len(self.finished) != self._parts:
+            raise InternalError(f"{self._parts - len(self.finished)} parts were never written")
+        try:
+            os.fsync(self.fd)
+            if self.target.exists() and not self._force:
+                raise _exists(self.shown)
+            self.partial.replace(self.target)
+        except OSError as error:
+            raise _unwritable(self.shown, error) from error
+        files.sync_directory(self.target.parent)
+        self._close()
+        with suppress(OSError):
+            self.journal.unlink(missing_ok=True)
+
+    def _leave(self, *, remove: bool) -> None:
+        if remove:
+            for path in (self.journal, self.partial):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+        self._close()
+
+    def _close(self) -> None:
+        for fd in (self._journal_fd, self.fd):
+            if fd >= 0:
+                os.close(fd)
+        self._journal_fd = self.fd = -1
+
+
+def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
+    """Check, before any work, that `target` may be written.
+
+    Raises: PlanError if it exists without `force`, is an input, or is not a regular file;
+    ResourceError if its directory is missing.
+    """
+    shown = str(target)
+    source = next((f for f in checkpoint.inputs if f.same_file(target)), None)
+    if source is not None:
+        raise PlanError(
+            f"`{shown}` is the input itself",
+            where=shown,
+            hint="choose another output; cq never overwrites what it reads",
+            code="plan.output_is_input",
+        )
+    if target.exists() and not target.is_file():
+        raise PlanError(
+            f"`{shown}` is not a regular file",
+            where=shown,
+            hint="name a file; `-o -` writes the bytes to stdout",
+            code="plan.output_kind",
+        )
+    if target.exists() and not force:
+        raise _exists(shown)
+    parent = Path(os.path.realpath(target)).parent
+    if not parent.is_dir():
+        raise ResourceError(
+            f"the directory `{parent}` does not exist", where=shown, code="resource.directory"
+        )
+
+
+def read_journal(path: Path) -> tuple[str, set[int]] | None:
+    """The digest and the finished parts that a journal vouches for, or None if it says nothing.
+
+    Parts finished since the present boot count; of earlier boots only what was synced, as a power
+    loss may have kept the journal's line and lost the data. Torn lines are ignored.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return None
+    boot_now = files.boot_id()
+    digest: str | None = None
+    boot: str | None = None
+    synced: set[int] = set()
+    fresh: set[int] = set()
+    for line in lines[:-1]:
+        if line.startswith(b"{"):
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
+            if boot_now is None or boot != record.get("boot"):
+                fresh.clear()
+            digest, boot = record.get("digest"), record.get("boot")
+        elif line.startswith(b"done ") and line[5:].isdigit():
+            fresh.add(int(line[5:]))
+        elif line == b"synced":
+            synced |= fresh
+    if digest is None:
+        return None
+    trusted = fresh if boot_now is not None and boot == boot_now else set()
+    return digest, synced | trusted
+
+
+class StreamSink(_OpenFile):
+    """Writes `checkpoint` to a byte stream in file order, through an unlinked temporary file.
+
+    A file begins with the tensors of the widest dtypes, such as the scales that are known last, so
+    the bytes are spooled before the first leaves. TMPDIR says where.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, stream: IO[bytes]) -> None:
+        super().__init__(checkpoint)
+        self._stream = stream
+        self._spool: IO[bytes] | None = None
+
+    def __enter__(self) -> StreamSink:
+        try:
+            self._spool = tempfile.TemporaryFile(prefix="cq-")  # noqa: SIM115 - closed in __exit__
+            self.fd = self._spool.fileno()
+            files.reserve(self.fd, self.header.nbytes_file)
+            files.write_at(self.fd, memoryview(self.head), 0)
+        except OSError as error:
+            raise _no_room(tempfile.gettempdir(), self.header.nbytes_file, error) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        assert self._spool is not None
+        with self._spool:
+            if kind is not None:
+                return
+            self._spool.seek(0)
+            while chunk := self._spool.read(1 << 20):
+                self._stream.write(chunk)
+            self._stream.flush()
+
+
+def _exists(shown: str) -> PlanError:
+    return PlanError(
+        f"`{shown}` exists already",
+        where=shown,
+        hint="add `--force` to replace it, or choose another output",
+        code="plan.output_exists",
+    )
+
+
+def _unwritable(shown: str, error: OSError) -> CqError:
+    return ResourceError(
+        f"cannot write `{shown}`: {(error.strerror or str(error)).lower()}",
+        where=shown,
+        code="resource.output",
+    )
+
+
+def _no_room(shown: str, nbytes: int, error: OSError) -> CqError:
+    return ResourceError(
+        f"cannot write `{shown}`, which takes {nbytes} bytes:"
+        f" {(error.strerror or str(error)).lower()}",
+        where=shown,
+        hint="free some space or choose another output",
+        code="resource.disk",
+    )
