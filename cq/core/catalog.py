@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import tomllib
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -28,7 +29,7 @@ def _found(kind: str) -> dict[str, tuple[str, EntryPoint | None]]:
     for home in entry_points(group="cq.homes"):
         if home.name == kind:
             package = importlib.import_module(home.value)
-            for directory in package.__path__:
+            for directory in filter(os.path.isdir, package.__path__):
                 for path in sorted(Path(directory).iterdir()):
                     if path.suffix in {".py", ".toml"} and not path.stem.startswith("_"):
                         place = f"{home.value}.{path.stem}" if path.suffix == ".py" else str(path)

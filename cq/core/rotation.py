@@ -55,7 +55,7 @@ def hadamard(size: int) -> torch.Tensor:
 def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     """Rotate each group of `group` input features of a float32 weight `(rows, K)`; a new tensor.
 
-    Rotating a second time gives the weight back. H256 is applied as H16 X H16 on 16x16 tiles
+    H256 is applied as H16 X H16 on 16x16 tiles
     (Kronecker factors), a quarter of the time of the 256x256 product; against that product single
     codes can differ at rounding ties.
 
@@ -75,3 +75,16 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
         else:
             torch.mm(block.reshape(-1, group), hadamard(group), out=target.view(-1, group))
     return out
+
+
+def unrotate(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """The rotation as ComfyUI undoes it, by the full matrix: equal to its values to the last bit.
+
+    Shapes: `(rows, K)` to `(rows, K)`; `group` divides K.
+
+    Source: comfy-kitchen `tensor/int8_utils.py:_rotate_weight`.
+    """
+    import torch
+
+    rows, features = weight.shape
+    return torch.matmul(weight.view(rows, -1, group), hadamard(group)).view(rows, features)

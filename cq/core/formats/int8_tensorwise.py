@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cq.core.dtypes import TensorSpec
 from cq.core.formats import Fault
-from cq.core.rotation import is_group, rotate
+from cq.core.rotation import is_group, unrotate
 
 if TYPE_CHECKING:
     import torch
@@ -133,7 +133,7 @@ class Int8Tensorwise:
         scale = stored["weight_scale"].float()
         value = stored["weight"].float() * scale
         group = convrot_group(marker)
-        return value if group is None else rotate(value, group)
+        return value if group is None else unrotate(value, group)
 
 
 def convrot_group(marker: Mapping[str, Any]) -> int | None:

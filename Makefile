@@ -1,0 +1,54 @@
+# The commands of this repository. `make` alone lists them.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+OUT := out
+STAMP := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check format docs bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+env: $(STAMP)  ## make the virtual environment and install cq into it
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+demo: $(STAMP)  ## merge | quant | verify on a real model, and a picture to look at
+	$(BIN)/python -m examples.digits.demo --out $(OUT)/demo
+
+test: $(STAMP)  ## run the test suite
+	$(BIN)/python -m pytest -n 2
+
+check: $(STAMP)  ## format, lint, types, import contracts, fresh docs and completions
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python docs/generate.py --check
+
+format: $(STAMP)  ## format the code and mend what lint can mend
+	$(BIN)/ruff format --quiet .
+	$(BIN)/ruff check --fix --quiet .
+
+docs: $(STAMP)  ## write the generated reference and completions
+	$(BIN)/python docs/generate.py
+
+.venv-peer/.ready:
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-peer/bin/pip install --quiet --disable-pip-version-check convert-to-quant==1.3.4 scipy triton
+	@touch $@
+
+bench: $(STAMP) .venv-peer/.ready  ## time cq against cp and against the peer from PyPI (about 20 minutes, 10 GB of disk)
+	$(BIN)/python bench/bench.py --dir $(OUT)/bench --peer .venv-peer/bin/ctq \
+	  --markdown bench/RESULTS.md --json $(OUT)/bench/results.json
+
+clean:  ## remove outputs; the environment stays
+	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The command line: streams, shared options, and the root that finds commands through entry points."""

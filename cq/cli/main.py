@@ -1,0 +1,116 @@
+"""The root of `cq`: finds commands, runs one, and ends with a documented exit code."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from cq.cli import options
+from cq.cli.options import guard, use_terminal
+from cq.cli.output import Terminal
+from cq.core import catalog
+from cq.core.errors import CqError, UsageError
+from cq.version import VERSION
+
+_HELP = """Quantize diffusion-model checkpoints so that ComfyUI loads them natively.
+
+\b
+  cq merge flux.safetensors style.safetensors:0.8 | cq quant -o out.safetensors
+  cq verify out.safetensors --against flux.safetensors --min-sqnr 28
+
+\b
+Exit codes: 0 done, 1 findings, 2 usage, 3 input unreadable or invalid, 4 cannot plan,
+5 resources, 70 a bug, 130 interrupted, 141 lost the reader of bytes.
+"""
+
+
+def make_app() -> typer.Typer:
+    """The command tree, with every command that is installed."""
+    app = typer.Typer(
+        name="cq",
+        help=_HELP,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def root(
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    ) -> int | None:
+        if version:
+            typer.echo(f"cq {VERSION}")
+            raise typer.Exit
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+            raise typer.Exit(2)
+        return None
+
+    for name in catalog.names("commands"):
+        try:
+            register = catalog.load("commands", name)
+        except CqError as error:  # one broken plug must not take the others down
+            options.terminal().say(f"warning: {error.message}; {error.hint}")
+        else:
+            register(app)
+    return app
+
+
+def run(argv: Sequence[str], terminal: Terminal) -> int:
+    """Run one command line on `terminal` and return its exit code."""
+    token = use_terminal(terminal)
+    terminal.json = "--json" in argv  # for errors before the command's own options are read
+    try:
+        return guard(terminal, lambda: _dispatch(list(argv)))
+    finally:
+        token.var.reset(token)
+
+
+def _dispatch(argv: list[str]) -> int:
+    app = make_app()
+    try:
+        result = app(args=argv, prog_name="cq", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        # Typer's usage errors, told by their shape: its vendored click is private.
+        if not hasattr(error, "format_message"):
+            raise
+        raise _usage(error) from error
+    return result if isinstance(result, int) else 0
+
+
+def _usage(error: Any) -> UsageError:
+    message: str = error.format_message()
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "cq"
+    near: list[str] = list(getattr(error, "possibilities", None) or [])
+    unknown = getattr(error, "option_name", None)
+    if unknown:
+        message = f"`{path}` has no option `{unknown}`"
+    elif message.startswith("No such command"):
+        word = message.split("'")[1]
+        message = f"`cq` has no command `{word}`"
+        known = [name for name in catalog.names("commands") if name != word]
+        near = difflib.get_close_matches(word, known, n=3)
+    else:
+        message = message[:1].lower() + message[1:].rstrip(".").replace("'", "`")
+    hint = f"see `{path} --help`"
+    if near:
+        hint = "did you mean " + " or ".join(f"`{n}`" for n in near) + "?"
+    return UsageError(message, hint=hint)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:], Terminal()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What commands share: options by one spelling each, opening the input, and the guard around a body.
+
+A command module offers `register(app)` and decorates its function with `command(app, …)`, which adds
+`--json`, `-q` and `--debug` and turns everything that can go wrong into one message and an exit code.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import os
+import re
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from cq.cli.output import LostReader, Terminal
+from cq.core.checkpoint import Checkpoint
+from cq.core.errors import CqError, InternalError, Interrupted, UsageError
+from cq.core.manifest import open_checkpoint, open_checkpoint_stream
+from cq.version import VERSION
+
+_current: contextvars.ContextVar[Terminal] = contextvars.ContextVar("terminal")
+
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write FILE; `-` streams to stdout."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Discard unfinished work of another command on FILE.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, metavar="N", help="Threads; default one per core.")
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        help="Memory for layers in flight, such as 8GiB; default half of what is free.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before writing.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk and no progress on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback with an error.")]
+
+# Options whose values are plug names, for completion without running Python.
+PLUG_OPTIONS = {"--format": "formats", "--optimizer": "optimizers"}
+FILE_OPTIONS = frozenset({"--output", "-o", "--against"})
+
+
+def terminal() -> Terminal:
+    """The terminal of the command that is running."""
+    return _current.get()
+
+
+def use_terminal(new: Terminal) -> contextvars.Token[Terminal]:
+    """Make `new` the terminal of what runs from here on in this context."""
+    return _current.set(new)
+
+
+def command(
+    app: typer.Typer, name: str, *, json: bool = True
+) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Register a function as the command `name`, guarded, with the options that all commands have."""
+
+    def decorate(function: Callable[..., int | None]) -> Callable[..., int]:
+        added = {**({"json": Json} if json else {}), "quiet": Quiet, "debug": Debug}
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> int:
+            here = terminal()
+            here.quiet = kwargs.pop("quiet")
+            here.debug = kwargs.pop("debug") or bool(os.environ.get("CQ_DEBUG"))
+            here.json = kwargs.pop("json", False)
+            return guard(here, lambda: function(*args, **kwargs))
+
+        signature = inspect.signature(function, eval_str=True)
+        parameters = [
+            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
+            for n, a in added.items()
+        ]
+        guarded.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*signature.parameters.values(), *parameters]
+        )
+        guarded.__annotations__ = {**function.__annotations__, **added}
+        app.command(name)(guarded)
+        return guarded
+
+    return decorate
+
+
+def guard(here: Terminal, body: Callable[[], int | None]) -> int:
+    """Run `body`; whatever it raises becomes one message on stderr and the exit code returned.
+
+    It stands inside Typer, which would turn a broken pipe into exit 1, findings in our words.
+    """
+    try:
+        return body() or 0
+    except LostReader as error:
+        _abandon_stdout(here)
+        return error.exit_code
+    except BrokenPipeError:
+        _abandon_stdout(here)  # as in `cq plugins | head -1`: what was wanted was delivered
+        return 0
+    except KeyboardInterrupt:
+        error = Interrupted(
+            "interrupted", hint="run the same command again to go on with what is finished"
+        )
+        here.error(error)
+        return error.exit_code
+    except CqError as error:
+        if here.debug:
+            here.say(traceback.format_exc())
+        here.error(_reportable(error))
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last guard: a bug must not look like a finding
+        if here.debug:
+            here.say(traceback.format_exc())
+        bug = InternalError(f"{type(error).__name__}: {error}")
+        here.error(_reportable(bug))
+        return bug.exit_code
+
+
+def _reportable(error: CqError) -> CqError:
+    if not isinstance(error, InternalError):
+        return error
+    return InternalError(
+        f"this is a bug in cq {VERSION}: {error.message}",
+        where=error.where,
+        hint="run the command again with `--debug` and report what it prints to the authors of cq",
+    )
+
+
+def _abandon_stdout(here: Terminal) -> None:
+    # Python flushes stdout at exit and would complain about the pipe once more.
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, here.stdout.fileno())
+        os.close(null)
+    except (OSError, ValueError, AttributeError):
+        return
+
+
+def open_input(path: str | None, *, what: str = "MODEL") -> Checkpoint:
+    """Open a command's input: a path, `-`, or what is piped in if it was left out.
+
+    Raises: UsageError rather than waiting for a person to type a checkpoint.
+    """
+    here = terminal()
+    if path is None:
+        if not here.stdin_is_piped():
+            raise UsageError(
+                f"missing argument `{what}`",
+                hint="name a file, or pipe a step of cq into this one",
+                code="usage.missing",
+            )
+        path = "-"
+    if path == "-":
+        if here.stdin.isatty():
+            raise UsageError(
+                "stdin is a terminal, not a checkpoint", hint="name a file", code="usage.terminal"
+            )
+        return open_checkpoint_stream(here.stdin.buffer)
+    return open_checkpoint(path)
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes in a size such as `8GiB`, `512MB` or `1.5G`.
+
+    Raises: UsageError for anything else.
+
+    >>> parse_size("8GiB"), parse_size("512MB"), parse_size(None)
+    (8589934592, 512000000, None)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found:
+        raise UsageError(
+            f"`{text}` is not a size", hint="write a number and a unit, such as `8GiB`"
+        )
+    number, prefix, binary = found.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))

@@ -1,0 +1,221 @@
+"""Terminal: the two streams, and everything that is put on them.
+
+Data goes to stdout, talk goes to stderr. Owns tables, progress and sizes as people read them; rich is
+imported when something is drawn. No other module writes to a stream.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import orjson
+
+from cq.core.engine.local import Progress
+from cq.core.errors import CqError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LINE_SECONDS = 30.0
+_PLAIN_WIDTH = 160
+
+
+class LostReader(CqError):
+    """Whoever read the bytes from stdout went away before they were all delivered."""
+
+    exit_code = 141
+    default_code = "lost_reader"
+
+
+@dataclass(slots=True)
+class Terminal:
+    """Where a command reads and writes. Tests pass one of their own."""
+
+    stdin: IO[Any] = field(default_factory=lambda: sys.stdin)
+    stdout: IO[Any] = field(default_factory=lambda: sys.stdout)
+    stderr: IO[Any] = field(default_factory=lambda: sys.stderr)
+    quiet: bool = False
+    json: bool = False
+    debug: bool = False
+
+    @property
+    def is_tty(self) -> bool:
+        """Whether a person reads stdout."""
+        return self.stdout.isatty()
+
+    def stdin_is_piped(self) -> bool:
+        """Whether stdin is a pipe or a file, so that reading it does not wait for a person.
+
+        Merely not being a terminal is not enough: under cron stdin is /dev/null.
+        """
+        try:
+            mode = os.fstat(self.stdin.fileno()).st_mode
+        except (OSError, ValueError, AttributeError):
+            return False
+        return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+    def data(self, text: str) -> None:
+        """One document or line on stdout."""
+        self.stdout.write(text + "\n")
+        self.stdout.flush()
+
+    def document(self, value: Any) -> None:
+        """One JSON document on stdout: a single line in a pipe, indented for a person."""
+        option = orjson.OPT_INDENT_2 if self.is_tty else 0
+        self.data(orjson.dumps(value, option=option).decode())
+
+    def byte_stream(self) -> IO[bytes]:
+        """Stdout for bytes."""
+        stream: IO[bytes] = self.stdout.buffer
+        return stream
+
+    def say(self, text: str) -> None:
+        """One line of talk on stderr, unless `-q`."""
+        if not self.quiet:
+            self._complain(text)
+
+    def _complain(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # nobody listens any more; the exit code still speaks
+            self.stderr.write(text + "\n")
+            self.stderr.flush()
+
+    def error(self, error: CqError) -> None:
+        """The one rendering of errors."""
+        if self.json:
+            self._complain(orjson.dumps(error.to_dict()).decode())
+            return
+        self._complain(f"error: {error.message}")
+        if error.hint:
+            self._complain(f"\nhint: {error.hint}")
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table on stdout: drawn for a person, aligned plain text in a pipe.
+
+        A column whose name ends in `>` is aligned right.
+        """
+        from rich.table import Table
+
+        drawn = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+        for column in columns:
+            right = column.endswith(">")
+            drawn.add_column(
+                column.rstrip(">"), justify="right" if right else "left", overflow="fold"
+            )
+        from rich.text import Text
+
+        for row in rows:
+            drawn.add_row(*(Text(cell) for cell in row))
+        self._console(self.stdout).print(drawn)
+        self.stdout.flush()
+
+    def _console(self, stream: IO[Any]) -> Console:
+        from rich.console import Console
+
+        width = None if stream.isatty() else _PLAIN_WIDTH
+        return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+
+    def progress(self, what: str) -> ProgressReport:
+        """Progress on stderr: a bar for a person, else a line each 10 % or 30 seconds, none with -q."""
+        if self.quiet:
+            return ProgressReport(None, None)
+        if self.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            return ProgressReport(_Bar(self._console(self.stderr), what), None)
+        return ProgressReport(None, _Lines(self.say, what))
+
+
+class ProgressReport:
+    """A context within which `on_progress` events are shown."""
+
+    def __init__(self, bar: _Bar | None, lines: _Lines | None) -> None:
+        self._bar, self._lines = bar, lines
+
+    def __enter__(self) -> ProgressReport:
+        return self
+
+    def on_progress(self, event: Progress) -> None:
+        """Show `event`; called from any worker, one at a time."""
+        if self._bar is not None:
+            self._bar.show(event)
+        if self._lines is not None:
+            self._lines.show(event)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Bar:
+    def __init__(self, console: Console, what: str) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TaskProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import (
+            Progress as RichProgress,
+        )
+
+        self._drawn = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._drawn.add_task(what, total=None)
+        self._drawn.start()
+
+    def show(self, event: Progress) -> None:
+        self._drawn.update(self._task, completed=event.done, total=event.total)
+
+    def close(self) -> None:
+        self._drawn.stop()
+
+
+class _Lines:
+    def __init__(self, say: Callable[[str], None], what: str) -> None:
+        self._say, self._what = say, what
+        self._tenth = 0
+        self._at = time.monotonic()
+
+    def show(self, event: Progress) -> None:
+        tenth = 10 * event.done // max(1, event.total)
+        now = time.monotonic()
+        if tenth > self._tenth or now - self._at > _LINE_SECONDS:
+            self._tenth, self._at = tenth, now
+            self._say(
+                f"{self._what}: {100 * event.done // max(1, event.total)} %"
+                f" ({size(event.done)} of {size(event.total)})"
+            )
+
+
+def size(nbytes: float) -> str:
+    """A size as people read it, in powers of 1000 as file managers and shops count.
+
+    >>> size(23_802_932_552), size(512)
+    ('23.80 GB', '512 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

@@ -1,0 +1,147 @@
+"""`cq quant`: options to `quantize`, and its decisions as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cq.cli import options
+from cq.cli.deliver import Delivery, deliver, folded
+from cq.cli.output import size
+from cq.core.checkpoint import Checkpoint
+from cq.core.errors import UsageError
+from cq_quant.stage import quantize
+
+_COLUMNS = ("layers>", "layer", "becomes", "rotation>", "saves>", "reason")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+
+    @options.command(app, "quant")
+    def quant(
+        model: Annotated[
+            str | None,
+            typer.Argument(
+                metavar="[MODEL|-]", help="A checkpoint or manifest; left out, it is piped in."
+            ),
+        ] = None,
+        format: Annotated[
+            str, typer.Option("--format", metavar="NAME", help="How weights are stored.")
+        ] = "int8_tensorwise",
+        scaling: Annotated[
+            str | None,
+            typer.Option("--scaling", metavar="tensor|row", help="How far one scale reaches."),
+        ] = None,
+        optimizer: Annotated[
+            str, typer.Option("--optimizer", metavar="NAME", help="How weights are rounded.")
+        ] = "quip",
+        rotate: Annotated[
+            str,
+            typer.Option(
+                "--rotate",
+                metavar="auto|off|256|64|16",
+                help="Largest ConvRot group; auto is as the optimizer works.",
+            ),
+        ] = "auto",
+        only: Annotated[
+            list[str] | None,
+            typer.Option("--only", metavar="PATTERN", help="Quantize these layers; repeatable."),
+        ] = None,
+        skip: Annotated[
+            list[str] | None,
+            typer.Option("--skip", metavar="PATTERN", help="Keep these layers; repeatable."),
+        ] = None,
+        save_quant_metadata: Annotated[
+            bool,
+            typer.Option("--save-quant-metadata", help="Write the markers to the header as well."),
+        ] = False,
+        output: options.Output = None,
+        defer: Annotated[
+            bool, typer.Option("--defer", help="Pass on a manifest instead of writing a file.")
+        ] = False,
+        force: options.Force = False,
+        restart: options.Restart = False,
+        dry_run: options.DryRun = False,
+        workers: options.Workers = None,
+        memory_limit: options.MemoryLimit = None,
+    ) -> int:
+        """Quantize the linear layers of a checkpoint so that ComfyUI loads it natively.
+
+        Without -o it writes NAME-FORMAT.safetensors beside the source. PATTERN is a glob over layer
+        names, or a regular expression after `re:`.
+
+        \b
+          cq quant flux.safetensors
+          cq merge flux.safetensors style.safetensors:0.8 | cq quant -o out.safetensors
+          cq quant flux.safetensors --skip 'single_blocks.37.*' --dry-run
+        """
+        if defer and output is not None:
+            raise UsageError("`--defer` writes no file, so it takes no `-o`")
+        checkpoint = quantize(
+            options.open_input(model),
+            format=format,
+            scaling=scaling,
+            optimizer=optimizer,
+            rotate=rotate,
+            only=only or (),
+            skip=skip or (),
+            save_quant_metadata=save_quant_metadata,
+        )
+        if output is None and not defer and not dry_run:
+            output = default_output(checkpoint, format)
+        _say_notes(checkpoint)
+        return deliver(
+            checkpoint,
+            Delivery(
+                output=output,
+                force=force,
+                restart=restart,
+                dry_run=dry_run,
+                workers=workers,
+                memory_limit=memory_limit,
+            ),
+            command="quant",
+            columns=_COLUMNS,
+            rows=_rows(checkpoint.notes),
+        )
+
+
+def default_output(checkpoint: Checkpoint, format_name: str) -> str:
+    """`<source stem>-<format>.safetensors` beside the source; in the current directory for a pipe."""
+    source = checkpoint.sources[0]
+    name = f"{source.stem}-{format_name}.safetensors"
+    return name if source.shown == "stdin" else str(Path(source.path).with_name(name))
+
+
+def _say_notes(checkpoint: Checkpoint) -> None:
+    notes = dict.fromkeys(n["note"] for n in checkpoint.notes if n.get("note"))
+    counts = {note: sum(n.get("note") == note for n in checkpoint.notes) for note in notes}
+    for note, count in counts.items():
+        options.terminal().say(f"quant: {note} ({count} layers)")
+
+
+def _rows(notes: Any) -> Iterator[tuple[str, ...]]:
+    groups: dict[tuple[str, ...], list[Any]] = {}
+    for note in notes:
+        becomes = (
+            f"{note['format']} {note['scaling']} {note['optimizer']}"
+            if note["action"] == "quantize"
+            else f"kept as {note['dtype']}"
+        )
+        rotation = str(note.get("rotation") or "")
+        key = (folded(note["layer"]), becomes, rotation, note["reason"])
+        groups.setdefault(key, []).append(note)
+    for (layer, becomes, rotation, reason), members in groups.items():
+        saved = sum(n["nbytes"] - n["nbytes_after"] for n in members if "nbytes_after" in n)
+        yield (
+            str(len(members)),
+            layer,
+            becomes,
+            rotation,
+            size(saved) if saved else "",
+            reason,
+        )
