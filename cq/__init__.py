@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
-from cq.version import VERSION as __version__
-
 from cq.core.checkpoint import Checkpoint
 from cq.core.errors import CqError
 from cq.core.manifest import open_checkpoint as open
 from cq.core.write import Written, write
+from cq.version import VERSION
+
+__version__ = VERSION
 
 __all__ = ["Checkpoint", "CqError", "Written", "__version__", "open", "write"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,8 +54,8 @@ def register(app: typer.Typer) -> None:
         asks. At a terminal it shows the plan.
 
         \b
-          cq merge flux.safetensors style.safetensors:0.8 -o merged.safetensors
-          cq merge flux.safetensors style.safetensors hero.safetensors:0.6 | cq quant -o out.safetensors
+          cq merge flux.safetensors style.safetensors:0.8 -o merged.safetensors cq merge
+          flux.safetensors style.safetensors hero.safetensors:0.6 | cq quant -o out.safetensors
         """
         checkpoint = merge_adapters(
             options.open_input(base, what="BASE"),
@@ -88,7 +89,7 @@ def register(app: typer.Typer) -> None:
 def _rows(notes: Any) -> Iterator[tuple[str, ...]]:
     for note in notes:
         yield (
-            note["path"],
+            Path(note["path"]).name,
             note["kind"],
             ",".join(map(str, note["ranks"])),
             ",".join(f"{a:g}" for a in note["alphas"]) or "none",

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from cq.core import comfy, select
-from cq.core.checkpoint import Checkpoint, Part, Piece, Stage
-from cq.core.dtypes import DTYPES, TensorSpec, torch_dtype
+from cq.core.checkpoint import Checkpoint, Part, Piece, Stage, narrowed
+from cq.core.dtypes import DTYPES, torch_dtype
 from cq.core.errors import InputError, PlanError, UsageError
 from cq.core.header import printable
 from cq.core.source import Source, check_fingerprint, largest_cut, open_source
@@ -190,7 +190,7 @@ class _Merged:
         loaded = [(change.load(computed), strength) for change, strength in self.changes]
         for piece in self.source.pieces(self.name):
             # A copy even if the dtype is the same: the segment may belong to the stage before.
-            rows = piece.tensor.to(computed)
+            rows = piece.tensor.to(computed, copy=True)
             flat = rows.view(len(rows), spec.row_numel)
             for apply, strength in loaded:
                 apply(flat, piece.start, strength)
@@ -427,15 +427,6 @@ def _parts(source: Checkpoint, changes: Mapping[str, Sequence[_Weighted]]) -> It
             continue
         for name in touched:
             yield _Merged(source, name, tuple(changes[name])).part()
-        rest = {name: spec for name, spec in part.tensors.items() if name not in changes}
+        rest = [name for name in part.tensors if name not in changes]
         if rest:
-            yield _narrowed(part, rest)
-
-
-def _narrowed(part: Part, tensors: Mapping[str, TensorSpec]) -> Part:
-    """The same part without the tensors that are not in `tensors`."""
-    return Part(
-        tensors=tensors,
-        nbytes_peak=part.nbytes_peak,
-        produce=lambda: (piece for piece in part.produce() if piece.name in tensors),
-    )
+            yield narrowed(part, rest)

@@ -111,7 +111,8 @@ def register(app: typer.Typer) -> None:
 
 
 def default_output(checkpoint: Checkpoint, format_name: str) -> str:
-    """`<source stem>-<format>.safetensors` beside the source; in the current directory for a pipe."""
+    """`<source stem>-<format>.safetensors` beside the source; in the current directory for a
+    pipe."""
     source = checkpoint.sources[0]
     name = f"{source.stem}-{format_name}.safetensors"
     return name if source.shown == "stdin" else str(Path(source.path).with_name(name))

@@ -5,12 +5,12 @@ Owns the meeting of recipe, format and optimizer. Plans from specs alone; torch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cq.core import catalog, comfy, recipe, rotation, select
-from cq.core.checkpoint import Checkpoint, Part, Piece, Stage, constant_part
+from cq.core.checkpoint import Checkpoint, Part, Piece, Stage, constant_part, narrowed
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError, PlanError, UsageError
 from cq.core.formats import Format
@@ -84,7 +84,7 @@ class QuantStage:
                 parts += [job.part(), job.marker_part()]
             rest = [name for name in part.tensors if name not in quantized]
             if chosen and rest:
-                parts.append(_narrowed(part, rest))
+                parts.append(narrowed(part, rest))
         return source.after(
             self,
             parts=tuple(parts),
@@ -151,7 +151,7 @@ class _Layer:
         nbytes_source = self.source.part(self.layer + comfy.WEIGHT).nbytes_peak
         return Part(
             tensors={f"{self.layer}.{name}": spec for name, spec in stored.items()},
-            nbytes_peak=nbytes_source + nbytes_segment + nbytes_scales,
+            nbytes_peak=2 * nbytes_source + nbytes_segment + nbytes_scales,
             produce=self.produce,
         )
 
@@ -315,13 +315,3 @@ def _refuse_quantized(source: Checkpoint) -> None:
             hint="start from the unquantized checkpoint; rounding twice adds both errors",
             code="plan.already_quantized",
         )
-
-
-def _narrowed(part: Part, names: Sequence[str]) -> Part:
-    """The same part without the tensors that are not in `names`."""
-    produce: Callable[[], Iterator[Piece]] = part.produce
-    return Part(
-        tensors={name: part.tensors[name] for name in names},
-        nbytes_peak=part.nbytes_peak,
-        produce=lambda: (piece for piece in produce() if piece.name in names),
-    )

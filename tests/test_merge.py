@@ -788,7 +788,7 @@ class _Doubled:
     key = "lora_unet_blocks_0_attn_qkv"
     rank = None
     alpha = None
-    tensors = tuple(key + e for e in (".lora_up.weight", ".lora_down.weight", ".dora_scale"))
+    tensors = (f"{key}.lora_up.weight", f"{key}.lora_down.weight", f"{key}.dora_scale")
 
     def claim(self, source: Source) -> list[_Doubled]:
         return [self] if source.owner.keys() >= set(self.tensors) else []
@@ -813,7 +813,7 @@ class _Doubled:
 def test_a_new_kind_claims_what_it_extends(
     base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    """In whatever order plugs are asked, the kind that explains more of a key's tensors has them."""
+    """In whatever order plugs are asked, the kind that explains more of a key has its tensors."""
     load = catalog.load
     monkeypatch.setattr(catalog, "names", lambda kind: names)
     monkeypatch.setattr(

@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the digits pipeline's output, made by the fused pipe of the README."""
     folder = tmp_path_factory.mktemp("made")
     done = shell(f"cq merge {BASE} {STYLE}:0.8 | cq quant --optimizer quip -o fused.st", folder)
-    assert (0, True) == (done.code, (folder / "fused.st").is_file()), done.err
+    assert (done.code, (folder / "fused.st").is_file()) == (0, True), done.err
     return folder
 
 
@@ -56,11 +56,11 @@ def test_merge_in_a_pipe_prints_one_manifest_line_and_writes_nothing(tmp_path: P
     assert done.code == 0
     assert done.out.count("\n") == 1
     manifest = json.loads(done.out)
-    assert (1, "checkpoint", "merge") == (
+    assert (
         manifest["cq"],
         manifest["kind"],
         manifest["stages"][0]["op"],
-    )
+    ) == (1, "checkpoint", "merge")
     assert "nothing was written" in done.err
     assert list(tmp_path.iterdir()) == []
 
@@ -105,7 +105,7 @@ def test_bytes_on_stdin_are_a_checkpoint(tmp_path: Path) -> None:
         safe_open(tmp_path / "direct.st", "pt") as direct,
     ):
         assert sorted(piped.keys()) == sorted(direct.keys())
-        for name in piped.keys():
+        for name in sorted(piped.keys()):
             assert piped.get_tensor(name).equal(direct.get_tensor(name))
 
 
@@ -148,7 +148,7 @@ def test_lost_reader_of_bytes_is_141(tmp_path: Path) -> None:
 
 def test_quiet_says_nothing(tmp_path: Path) -> None:
     done = cq("quant", BASE, "-q", "-o", tmp_path / "x.st")
-    assert (0, "") == (done.code, done.err)
+    assert (done.code, done.err) == (0, "")
     assert json.loads(done.out)["source"][0]["path"] == str(tmp_path / "x.st")
 
 
@@ -160,9 +160,9 @@ def test_progress_in_a_pipe_is_lines_on_stderr(tmp_path: Path) -> None:
 
 def test_json_error_leaves_stdout_empty(tmp_path: Path) -> None:
     done = cq("quant", tmp_path / "none.safetensors", "--json")
-    assert (3, "") == (done.code, done.out)
+    assert (done.code, done.out) == (3, "")
     error = json.loads(done.err)
-    assert ("error", 3, "input.missing") == (error["kind"], error["exit"], error["code"])
+    assert (error["kind"], error["exit"], error["code"]) == ("error", 3, "input.missing")
 
 
 def test_merge_at_a_terminal_shows_the_plan_and_how_to_write_it(tmp_path: Path) -> None:
@@ -211,10 +211,10 @@ def test_interrupt_keeps_finished_work_and_says_how_to_go_on(
     )
     assert process.stderr is not None
     for line in io.TextIOWrapper(process.stderr, write_through=True):
-        if "20 %" in line or "3" == line.split(": ")[-1][:1]:
+        if "20 %" in line or line.split(": ")[-1][:1] == "3":
             break
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=TIMEOUT)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
     assert not out.exists()
     assert (tmp_path / "out.st.partial").exists()

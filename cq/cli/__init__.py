@@ -1,1 +1,2 @@
-"""The command line: streams, shared options, and the root that finds commands through entry points."""
+"""The command line: streams, shared options, and the root that finds commands through entry
+points."""

@@ -19,7 +19,8 @@ SHELLS = {"bash": "cq.bash", "zsh": "_cq", "fish": "cq.fish"}
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: its spellings, its help, and what its value completes to (words, files, or none)."""
+    """One option: its spellings, its help, and what its value completes to (words, files, or
+    none)."""
 
     spellings: tuple[str, ...]
     help: str
@@ -44,7 +45,9 @@ def commands(app: typer.Typer) -> list[Command]:
     group: Any = typer.main.get_command(app)
     found = []
     for name, command in sorted(group.commands.items()):
-        options, words, files = [], (), False
+        options: list[Option] = []
+        words: tuple[str, ...] = ()
+        files = False
         for parameter in command.params:
             if parameter.param_type_name == "argument":
                 words = tuple(SHELLS) if name == "completions" else ()
@@ -151,7 +154,8 @@ def _fish(tree: list[Command]) -> str:
     lines = [_HEADER.format(shell="fish"), "complete -c cq -f"]
     for command in tree:
         lines.append(
-            f"complete -c cq -n __fish_use_subcommand -a {command.name} -d '{_quoted(command.help)}'"
+            f"complete -c cq -n __fish_use_subcommand -a {command.name}"
+            f" -d '{_quoted(command.help)}'"
         )
     for command in tree:
         seen = f"-n '__fish_seen_subcommand_from {command.name}'"

@@ -1,7 +1,7 @@
 """What becomes of a checkpoint at the end of a command: a plan, a manifest, a file, or bytes.
 
-Owns the table "Streams and pipes" of the reference: one implementation for every command that makes a
-checkpoint.
+Owns the table "Streams and pipes" of the reference: one implementation for every command that makes
+a checkpoint.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def deliver(
         )
     resumed = f", {written.parts_resumed} parts were ready" if written.parts_resumed else ""
     here.say(
-        f"{command}: wrote `{asked.output}`, {size(written.nbytes)} in {written.seconds:.1f} s{resumed}"
+        f"{command}: wrote `{asked.output}`, {size(written.nbytes)}"
+        f" in {written.seconds:.1f} s{resumed}"
     )
     if here.json:
         here.document({**plan_document(checkpoint, command), "written": written.to_dict()})

@@ -1,7 +1,9 @@
-"""What commands share: options by one spelling each, opening the input, and the guard around a body.
+"""What commands share: options by one spelling each, opening the input, and the guard around a
+body.
 
-A command module offers `register(app)` and decorates its function with `command(app, …)`, which adds
-`--json`, `-q` and `--debug` and turns everything that can go wrong into one message and an exit code.
+A command module offers `register(app)` and decorates its function with `command(app, …)`, which
+adds `--json`, `-q` and `--debug` and turns everything that can go wrong into one message and an
+exit code.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -67,7 +69,8 @@ def use_terminal(new: Terminal) -> contextvars.Token[Terminal]:
 def command(
     app: typer.Typer, name: str, *, json: bool = True
 ) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
-    """Register a function as the command `name`, guarded, with the options that all commands have."""
+    """Register a function as the command `name`, guarded, with the options that all commands
+    have."""
 
     def decorate(function: Callable[..., int | None]) -> Callable[..., int]:
         added = {**({"json": Json} if json else {}), "quiet": Quiet, "debug": Debug}
@@ -109,17 +112,18 @@ def guard(here: Terminal, body: Callable[[], int | None]) -> int:
         _abandon_stdout(here)  # as in `cq plugins | head -1`: what was wanted was delivered
         return 0
     except KeyboardInterrupt:
-        error = Interrupted(
-            "interrupted", hint="run the same command again to go on with what is finished"
+        here.error(
+            Interrupted(
+                "interrupted", hint="run the same command again to go on with what is finished"
+            )
         )
-        here.error(error)
-        return error.exit_code
+        return Interrupted.exit_code
     except CqError as error:
         if here.debug:
             here.say(traceback.format_exc())
         here.error(_reportable(error))
         return error.exit_code
-    except Exception as error:  # noqa: BLE001 - the last guard: a bug must not look like a finding
+    except Exception as error:  # the last guard: a bug must not look like a finding
         if here.debug:
             here.say(traceback.format_exc())
         bug = InternalError(f"{type(error).__name__}: {error}")
@@ -166,7 +170,7 @@ def open_input(path: str | None, *, what: str = "MODEL") -> Checkpoint:
             raise UsageError(
                 "stdin is a terminal, not a checkpoint", hint="name a file", code="usage.terminal"
             )
-        return open_checkpoint_stream(here.stdin.buffer)
+        return open_checkpoint_stream(cast(TextIO, here.stdin).buffer)
     return open_checkpoint(path)
 
 

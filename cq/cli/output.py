@@ -1,7 +1,7 @@
 """Terminal: the two streams, and everything that is put on them.
 
-Data goes to stdout, talk goes to stderr. Owns tables, progress and sizes as people read them; rich is
-imported when something is drawn. No other module writes to a stream.
+Data goes to stdout, talk goes to stderr. Owns tables, progress and sizes as people read them; rich
+is imported when something is drawn. No other module writes to a stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import orjson
 
@@ -39,9 +39,9 @@ class LostReader(CqError):
 class Terminal:
     """Where a command reads and writes. Tests pass one of their own."""
 
-    stdin: IO[Any] = field(default_factory=lambda: sys.stdin)
-    stdout: IO[Any] = field(default_factory=lambda: sys.stdout)
-    stderr: IO[Any] = field(default_factory=lambda: sys.stderr)
+    stdin: IO[Any] = field(default_factory=lambda: sys.stdin or _nowhere("r"))
+    stdout: IO[Any] = field(default_factory=lambda: sys.stdout or _nowhere("w"))
+    stderr: IO[Any] = field(default_factory=lambda: sys.stderr or _nowhere("w"))
     quiet: bool = False
     json: bool = False
     debug: bool = False
@@ -74,8 +74,7 @@ class Terminal:
 
     def byte_stream(self) -> IO[bytes]:
         """Stdout for bytes."""
-        stream: IO[bytes] = self.stdout.buffer
-        return stream
+        return cast(TextIO, self.stdout).buffer
 
     def say(self, text: str) -> None:
         """One line of talk on stderr, unless `-q`."""
@@ -123,12 +122,18 @@ class Terminal:
         return Console(file=stream, width=width, highlight=False, soft_wrap=False)
 
     def progress(self, what: str) -> ProgressReport:
-        """Progress on stderr: a bar for a person, else a line each 10 % or 30 seconds, none with -q."""
+        """Progress on stderr: a bar for a person, else a line each 10 % or 30 seconds, none with
+        -q."""
         if self.quiet:
             return ProgressReport(None, None)
         if self.stderr.isatty() and os.environ.get("TERM") != "dumb":
             return ProgressReport(_Bar(self._console(self.stderr), what), None)
         return ProgressReport(None, _Lines(self.say, what))
+
+
+def _nowhere(mode: str) -> IO[Any]:
+    # Python has no stream at all where the shell has closed one (`2>&-`).
+    return open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123 - lives as long as we
 
 
 class ProgressReport:

@@ -13,7 +13,8 @@ def register(app: typer.Typer) -> None:
 
     @options.command(app, "plugins")
     def plugins() -> None:
-        """List formats, optimizers, adapters, model families, stages and commands, and their origin.
+        """List formats, optimizers, adapters, model families, stages and commands, and their
+        origin.
 
         \b
           cq plugins

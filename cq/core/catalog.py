@@ -1,9 +1,9 @@
 """The plug table: names without imports, one import on use.
 
 A plug is a module with a `PLUG` object, or a TOML file; its file name is its name. A *home* is a
-package whose files are the plugs of one kind (entry-point group `cq.homes`, name = kind); entry points
-in `cq.<kind>` add plugs from anywhere, such as third parties. Owns discovery only: what a plug must offer is said by
-the Protocol of its kind.
+package whose files are the plugs of one kind (entry-point group `cq.homes`, name = kind); entry
+points in `cq.<kind>` add plugs from anywhere, such as third parties. Owns discovery only: what a
+plug must offer is said by the Protocol of its kind.
 """
 
 from __future__ import annotations

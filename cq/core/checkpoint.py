@@ -1,8 +1,10 @@
-"""The idea of cq: a checkpoint is a lazy view whose names, dtypes and shapes are known before its bytes.
+"""The idea of cq: a checkpoint is a lazy view whose names, dtypes and shapes are known before its
+bytes.
 
-Owns the protocol between rooms: `Checkpoint` (the view), `Part` (tensors produced together), `Piece`
-(row segments of a tensor), `Stage` (a checkpoint to a checkpoint), `Extent` (bytes that already lie
-in a file). Knows no command, no format and no optimizer; torch only in annotations and reads.
+Owns the protocol between rooms: `Checkpoint` (the view), `Part` (tensors produced together),
+`Piece` (row segments of a tensor), `Stage` (a checkpoint to a checkpoint), `Extent` (bytes that
+already lie in a file). Knows no command, no format and no optimizer; torch only in annotations and
+reads.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class Piece(NamedTuple):
-    """Rows of the tensor `name`, from row `start` on; a 0-d tensor is one piece that starts at 0."""
+    """Rows of the tensor `name`, from row `start` on; a 0-d tensor is one piece that starts at
+    0."""
 
     name: str
     start: int
@@ -42,10 +45,10 @@ class Extent(NamedTuple):
 class Part:
     """Tensors that are produced together: the unit of work, memory, progress and resuming.
 
-    `produce()` yields every row of every tensor once, rows in order within a tensor. It may be called
-    any number of times, from any thread, and always yields the same values. `nbytes_peak` bounds the
-    memory it holds at any moment. With an `extent` the bytes of the one tensor lie ready in a file and
-    are copied without being looked at.
+    `produce()` yields every row of every tensor once, rows in order within a tensor. It may be
+    called any number of times, from any thread, and always yields the same values. `nbytes_peak`
+    bounds the memory it holds at any moment. With an `extent` the bytes of the one tensor lie ready
+    in a file and are copied without being looked at.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -64,12 +67,22 @@ class Part:
         return sum(spec.nbytes for spec in self.tensors.values())
 
 
+def narrowed(part: Part, names: Iterable[str]) -> Part:
+    """`part` without the tensors that are not in `names`."""
+    kept = {name: part.tensors[name] for name in names}
+    return Part(
+        tensors=kept,
+        nbytes_peak=part.nbytes_peak,
+        produce=lambda: (piece for piece in part.produce() if piece.name in kept),
+    )
+
+
 class Stage(Protocol):
     """Maps a checkpoint to a checkpoint. Plans from specs alone; computes when bytes are asked for.
 
-    `name` is the `op` in a manifest and the entry point in `cq.stages`. `arguments()` is plain JSON from
-    which `from_arguments` makes an equal stage; paths stand under the key `path`, so that provenance
-    can shorten them.
+    `name` is the `op` in a manifest and the entry point in `cq.stages`. `arguments()` is plain JSON
+    from which `from_arguments` makes an equal stage; paths stand under the key `path`, so that
+    provenance can shorten them.
     """
 
     name: ClassVar[str]
@@ -93,9 +106,9 @@ class Checkpoint:
     """Every tensor's name, dtype and shape, and the metadata, without having read a weight.
 
     `sources` and `stages` say where it comes from; together they are its manifest. `inputs` are all
-    files that it reads, adapters as well. `notes` carries what the last stage decided (JSON objects,
-    for plans and reports) and `extra` a manifest's keys that this cq does not know; neither reaches a
-    file.
+    files that it reads, adapters as well. `notes` carries what the last stage decided (JSON
+    objects, for plans and reports) and `extra` a manifest's keys that this cq does not know;
+    neither reaches a file.
     """
 
     parts: tuple[Part, ...]
@@ -128,8 +141,11 @@ class Checkpoint:
         return self._part_of[name]
 
     def pieces(self, name: str) -> Iterator[Piece]:
-        """The tensor `name`, row segment by row segment; bounded memory for a tensor of any size."""
-        return (piece for piece in self._part_of[name].produce() if piece.name == name)
+        """The tensor `name`, row segment by row segment; bounded memory for a tensor of any
+        size."""
+        for piece in self._part_of[name].produce():
+            if piece.name == name:
+                yield piece
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor `name`."""
@@ -191,7 +207,8 @@ def _file_part(file: SourceFile, name: str) -> Part:
 
 
 def constant_part(name: str, value: bytes) -> Part:
-    """A part of one 1-D U8 tensor whose bytes are known while planning, such as a layer's marker."""
+    """A part of one 1-D U8 tensor whose bytes are known while planning, such as a layer's
+    marker."""
 
     def produce() -> Iterator[Piece]:
         import torch

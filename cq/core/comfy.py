@@ -1,7 +1,7 @@
 """ComfyUI's per-layer markers: `L.comfy_quant` tensors and the `_quantization_metadata` header key.
 
-Owns their text and the question which layers of a checkpoint are quantized, and how. Knows no format:
-a marker's `format` names the plug in `cq.core.formats` that understands the rest.
+Owns their text and the question which layers of a checkpoint are quantized, and how. Knows no
+format: a marker's `format` names the plug in `cq.core.formats` that understands the rest.
 
 Source: ComfyUI `comfy/ops.py:_load_quantized_module` (JSON bytes of a U8 tensor) and
 `comfy/utils.py:convert_old_quants` (the header key; its layers overwrite the tensors).
@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from cq.core.checkpoint import Checkpoint
+from cq.core.dtypes import DTYPES
 from cq.core.errors import InputError
 from cq.core.header import printable
 
@@ -81,7 +82,8 @@ def header_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A layer found quantized: its name and what shows it (`marker`, `header`, `scale` or `dtype`)."""
+    """A layer found quantized: its name and what shows it (`marker`, `header`, `scale` or
+    `dtype`)."""
 
     layer: str
     evidence: str
@@ -103,7 +105,7 @@ def find_quantized(checkpoint: Checkpoint) -> list[Quantized]:
             layer = name[: name.rindex(".")]
             if layer + WEIGHT in specs:
                 found.setdefault(layer, "scale")
-        elif name.endswith(WEIGHT) and spec.dtype.startswith(("F8", "F4", "F6", "I8", "U8")):
+        elif name.endswith(WEIGHT) and DTYPES[spec.dtype].bits <= 8:
             found.setdefault(name.removesuffix(WEIGHT), "dtype")
     return [Quantized(layer, evidence) for layer, evidence in sorted(found.items())]
 

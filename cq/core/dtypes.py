@@ -1,7 +1,8 @@
 """The one dtype table, and `TensorSpec`: what is known of a tensor before a byte of it is read.
 
-Source: safetensors' `Dtype` enum (`safetensors/src/tensor.rs`). The enum's order matters: its writer sorts tensors by it,
-descending, then by name, and `cq.core.header` must lay files out in the same order.
+Source: safetensors' `Dtype` enum (`safetensors/src/tensor.rs`). The enum's order matters: its
+writer sorts tensors by it, descending, then by name, and `cq.core.header` must lay files out in the
+same order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One safetensors dtype: its header name, size in bits, torch attribute and place in the file order."""
+    """One safetensors dtype: its header name, size in bits, torch attribute and place in the file
+    order."""
 
     name: str
     bits: int
@@ -26,7 +28,8 @@ class DType:
 
 
 def _table() -> dict[str, DType]:
-    # (name, bits, torch attribute, usable as ordinary floating-point weights), in safetensors' enum order.
+    # (name, bits, torch attribute, usable as ordinary floating-point weights), in safetensors' enum
+    # order.
     rows = [
         ("BOOL", 8, "bool", False),
         ("F4", 4, None, False),

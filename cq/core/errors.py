@@ -1,7 +1,7 @@
 """The one tree of errors that the library raises.
 
-Owns: what went wrong, where, what to do, and the exit code that a shell sees. Only `cq.cli` prints these; library code
-raises them and a Python user catches `CqError`.
+Owns: what went wrong, where, what to do, and the exit code that a shell sees. Only `cq.cli` prints
+these; library code raises them and a Python user catches `CqError`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import ClassVar
 class CqError(Exception):
     """Something that a user can act on: a sentence, the place, and a hint.
 
-    `message` is one sentence in lower case without a full stop, literals in backticks. `where` names the file or tensor
-    when the sentence does not. `hint` says what to do. `code` is a stable slug for programs, such as `input.truncated`.
+    `message` is one sentence in lower case without a full stop, literals in backticks. `where`
+    names the file or tensor when the sentence does not. `hint` says what to do. `code` is a stable
+    slug for programs, such as `input.truncated`.
     """
 
     exit_code: ClassVar[int] = 70
@@ -79,7 +80,8 @@ class InternalError(CqError):
 
 
 class Interrupted(CqError):
-    """The user stopped the work; finished parts are kept and the same command goes on from there."""
+    """The user stopped the work; finished parts are kept and the same command goes on from
+    there."""
 
     exit_code = 130
     default_code = "interrupted"

@@ -1,4 +1,5 @@
-"""Where formats and optimizers meet: the levels that a format can represent, and how codes name them.
+"""Where formats and optimizers meet: the levels that a format can represent, and how codes name
+them.
 
 A format offers a `Grid`; an optimizer chooses codes on it. Neither knows the other.
 """

@@ -1,10 +1,13 @@
-"""Safetensors headers: parse and validate any bytes, lay a file out from specs alone, emit it byte-stably.
+"""Safetensors headers: parse and validate any bytes, lay a file out from specs alone, emit it
+byte-stably.
 
-Owns the format's rules. Knows nothing of files on disk (`cq.core.source` reads, `cq.core.sink` writes) and never torch.
-The writer is our own because safetensors' writes metadata in hash order, so equal runs give different files; for at most
-one metadata entry the bytes are equal to safetensors' own.
+Owns the format's rules. Knows nothing of files on disk (`cq.core.source` reads, `cq.core.sink`
+writes) and never torch. The writer is our own because safetensors' writes metadata in hash order,
+so equal runs give different files; for at most one metadata entry the bytes are equal to
+safetensors' own.
 
-Source: https://github.com/huggingface/safetensors (`safetensors/src/tensor.rs`: `prepare`, `Metadata::validate`).
+Source: https://github.com/huggingface/safetensors (`safetensors/src/tensor.rs`: `prepare`,
+`Metadata::validate`).
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """A valid header: every tensor's entry in file order, the metadata, and where the data begins."""
+    """A valid header: every tensor's entry in file order, the metadata, and where the data
+    begins."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
@@ -61,15 +65,16 @@ def header_length(prefix: bytes, *, where: str, nbytes_file: int | None) -> int:
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise InputError(
-            f"`{where}` is not a safetensors file: its header would be {length} bytes long, over the format's"
-            f" limit of {MAX_HEADER_BYTES}",
+            f"`{where}` is not a safetensors file: its header would be {length} bytes long,"
+            f" over the format's limit of {MAX_HEADER_BYTES}",
             where=where,
             hint=_other_format(prefix),
             code="input.header",
         )
     if nbytes_file is not None and 8 + length > nbytes_file:
         raise InputError(
-            f"`{where}` is truncated: its header needs {8 + length} bytes, the file has {nbytes_file}",
+            f"`{where}` is truncated: its header needs {8 + length} bytes,"
+            f" the file has {nbytes_file}",
             where=where,
             hint="download or copy the file again",
             code="input.truncated",
@@ -90,9 +95,10 @@ def _other_format(prefix: bytes) -> str | None:
 def parse(raw: bytes, *, where: str, nbytes_file: int | None) -> Header:
     """Parse and validate the JSON header `raw` (without its 8 length bytes).
 
-    Total validation: UTF-8, JSON, duplicate names, known dtypes, integer shapes, sizes that equal shape x dtype, and data
-    that covers the rest of the file exactly, without gaps or overlaps. `nbytes_file` None skips the comparison with the
-    file's size (for a stream whose length is not known).
+    Total validation: UTF-8, JSON, duplicate names, known dtypes, integer shapes, sizes that equal
+    shape x dtype, and data that covers the rest of the file exactly, without gaps or overlaps.
+    `nbytes_file` None skips the comparison with the file's size (for a stream whose length is not
+    known).
 
     Raises: InputError naming `where` and, where one is at fault, the tensor.
     """
@@ -187,7 +193,8 @@ def _entry(name: str, value: object, where: str) -> Entry:
     if bits % 8 or end - start != bits // 8:
         raise _invalid(
             where,
-            f"tensor `{shown}` is {dtype}{shape}, which is {bits / 8:g} bytes, but its offsets span {end - start}",
+            f"tensor `{shown}` is {dtype}{shape}, which is {bits / 8:g} bytes,"
+            f" but its offsets span {end - start}",
         )
     return Entry(TensorSpec(dtype, tuple(shape)), start, end)
 
@@ -213,8 +220,8 @@ def printable(text: str, limit: int = 200) -> str:
 def lay_out(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, Header]:
     """Lay a file out: its first bytes (length and padded JSON) and where every tensor goes.
 
-    Tensors are ordered as safetensors orders them (dtype rank descending, then name), metadata by key. Equal arguments give
-    equal bytes on every machine.
+    Tensors are ordered as safetensors orders them (dtype rank descending, then name), metadata by
+    key. Equal arguments give equal bytes on every machine.
     """
     order = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype].rank, name.encode("utf-8")))
     entries: dict[str, Entry] = {}
@@ -236,7 +243,8 @@ def lay_out(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tup
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
         raise InputError(
-            f"the output's header would be {len(raw)} bytes, over the format's limit of {MAX_HEADER_BYTES}",
+            f"the output's header would be {len(raw)} bytes,"
+            f" over the format's limit of {MAX_HEADER_BYTES}",
             hint="remove metadata entries or split the checkpoint",
             code="input.header",
         )

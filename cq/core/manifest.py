@@ -1,7 +1,7 @@
 """Manifests: a checkpoint as one line of JSON, and back; and the provenance that files carry.
 
-Owns the document's shape and versions. A manifest names sources (with fingerprints) and stages (with
-arguments); the same two make the work digest by which interrupted work is recognized.
+Owns the document's shape and versions. A manifest names sources (with fingerprints) and stages
+(with arguments); the same two make the work digest by which interrupted work is recognized.
 """
 
 from __future__ import annotations
@@ -225,5 +225,6 @@ def open_checkpoint_stream(stream: IO[bytes]) -> Checkpoint:
 
 
 def _is_manifest(first: bytes) -> bool:
-    # A safetensors header is under 100 MB, so the upper bytes of its length are zero; JSON has none.
+    # A safetensors header is under 100 MB, so the upper bytes of its length are zero; JSON has
+    # none.
     return first.lstrip()[:1] == b"{" and b"\0" not in first[:8]

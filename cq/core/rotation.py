@@ -1,8 +1,8 @@
 """The ConvRot regular Hadamard rotation, as ComfyUI's runtime undoes it.
 
-Source: comfy-kitchen `tensor/int8_utils.py:_build_hadamard`, `_rotate_weight`; ConvRot, arXiv 2512.03673.
-H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] / 2; H16 = H4 (x) H4, and so on: symmetric and an
-involution, so rotating twice is the identity. It is not the Sylvester matrix.
+Source: comfy-kitchen `tensor/int8_utils.py:_build_hadamard`, `_rotate_weight`; ConvRot, arXiv
+2512.03673. H4 = [[1,1,1,-1],[1,1,-1,1],[1,-1,1,1],[-1,1,1,1]] / 2; H16 = H4 (x) H4, and so on:
+symmetric and an involution, so rotating twice is the identity. It is not the Sylvester matrix.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def hadamard(size: int) -> torch.Tensor:
     h = torch.ones(1, 1)
     while h.shape[0] < size:
         h = torch.kron(h, h4)
-    return h / size**0.5
+    return h.div(size**0.5)
 
 
 def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:

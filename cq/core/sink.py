@@ -1,8 +1,9 @@
-"""Where a checkpoint becomes a file: laid out, reserved, filled in any order, journalled, committed.
+"""Where a checkpoint becomes a file: laid out, reserved, filled in any order, journalled,
+committed.
 
 Owns `OUT.partial` and `OUT.partial.journal`. The final name only ever holds a complete file: a
-laid-out but unfilled safetensors file is valid and reads as zeros, so no name may show one. Work that
-a crash cut off is resumed when the same work (equal digest) is asked for again.
+laid-out but unfilled safetensors file is valid and reads as zeros, so no name may show one. Work
+that a crash cut off is resumed when the same work (equal digest) is asked for again.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 class FileSink(_OpenFile):
@@ -339,7 +340,7 @@ class StreamSink(_OpenFile):
 
     def __enter__(self) -> StreamSink:
         try:
-            self._spool = tempfile.TemporaryFile(prefix="cq-")  # noqa: SIM115 - closed in __exit__
+            self._spool = tempfile.TemporaryFile(prefix="cq-")
             self.fd = self._spool.fileno()
             files.reserve(self.fd, self.header.nbytes_file)
             files.write_at(self.fd, memoryview(self.head), 0)

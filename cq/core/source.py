@@ -1,8 +1,9 @@
 """Where bytes come from: safetensors files, shard sets, and streams spooled to a temporary file.
 
-Owns opening, identity (fingerprints) and positioned reads. Reads use `pread` into memory that the caller owns, not a memory
-map: a map of a file that somebody truncates kills the process with SIGBUS, a short `pread` is an error with a name; and
-mapped pages would count as this process's memory. Never imports torch at module level.
+Owns opening, identity (fingerprints) and positioned reads. Reads use `pread` into memory that the
+caller owns, not a memory map: a map of a file that somebody truncates kills the process with
+SIGBUS, a short `pread` is an error with a name; and mapped pages would count as this process's
+memory. Never imports torch at module level.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ _CUT_ROWS = 128  # the tallest tile of any storage format, so that a cut never s
 def cuts(spec: TensorSpec) -> Iterator[tuple[int, int]]:
     """The canonical cut of a tensor into row segments `(start, stop)`, about 2^20 elements each.
 
-    A function of the spec alone: whoever computes or reads a tensor does it in these segments, so results cannot depend on
-    workers, budgets, or on whether a stage read a file or another stage. 0-d tensors are one segment `(0, 1)`.
+    A function of the spec alone: whoever computes or reads a tensor does it in these segments, so
+    results cannot depend on workers, budgets, or on whether a stage read a file or another stage.
+    0-d tensors are one segment `(0, 1)`.
     """
     if not spec.shape:
         yield 0, 1
@@ -123,7 +125,8 @@ class SourceFile:
                 raise unreadable(self.shown, error) from error
             if got == 0:
                 raise InputError(
-                    f"`{self.shown}` ends inside tensor `{tensor}`: it was cut while cq was reading it",
+                    f"`{self.shown}` ends inside tensor `{tensor}`:"
+                    " it was cut while cq was reading it",
                     where=self.shown,
                     hint="restore the file and run the command again",
                     code="input.truncated",
@@ -144,13 +147,15 @@ class SourceFile:
             offset = self.header.data_start + entry.start
             if spec.shape:
                 offset += TensorSpec(spec.dtype, (start, *spec.shape[1:])).nbytes
-            self.read_into(memoryview(raw.numpy()), offset, tensor=name)
+            self.read_into(raw.numpy().data, offset, tensor=name)
         return raw.view(dtype).view(shape) if part.nbytes else torch.empty(shape, dtype=dtype)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What identifies the file's contents: size, header digest, and a digest of 64 samples spread over the data.
+        """What identifies the file's contents: size, header digest, and a digest of 64 samples
+        spread over the data.
 
-        The samples tell fine-tunes of one model apart, whose headers are equal, at the cost of 64 small reads.
+        The samples tell fine-tunes of one model apart, whose headers are equal, at the cost of 64
+        small reads.
         """
         sample = hashlib.sha256()
         span = max(0, self.header.nbytes_data - _SAMPLE_BYTES)
@@ -194,7 +199,8 @@ def _near_file(shown: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A checkpoint on disk: one file, or the shards that an index names, seen as one set of tensors."""
+    """A checkpoint on disk: one file, or the shards that an index names, seen as one set of
+    tensors."""
 
     path: Path
     files: tuple[SourceFile, ...]
@@ -232,7 +238,8 @@ def _digest_of(parts: Iterator[str] | Any) -> str:
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a safetensors file, a `*.safetensors.index.json`, or a directory that holds one of either.
+    """Open a safetensors file, a `*.safetensors.index.json`, or a directory that holds one of
+    either.
 
     Raises: InputError for anything that cannot be read as a checkpoint.
     """
@@ -293,7 +300,8 @@ def _open_index(path: Path) -> Source:
         ):
             raise InputError(
                 f"`{path}` puts tensor `{headers.printable(tensor)}` into"
-                f" `{headers.printable(str(file_name))}`, which is not the name of a safetensors file beside it",
+                f" `{headers.printable(str(file_name))}`,"
+                " which is not the name of a safetensors file beside it",
                 where=str(path),
                 code="input.index",
             )
@@ -303,7 +311,8 @@ def _open_index(path: Path) -> Source:
     for tensor, file_name in sorted(weight_map.items()):
         if tensor not in files[file_name].header.entries:
             raise InputError(
-                f"`{path}` promises tensor `{headers.printable(tensor)}` in `{file_name}`, which does not hold it",
+                f"`{path}` promises tensor `{headers.printable(tensor)}` in `{file_name}`,"
+                " which does not hold it",
                 where=str(path),
                 code="input.index",
             )
@@ -312,7 +321,8 @@ def _open_index(path: Path) -> Source:
         extra = next((t for t in file.header.entries if owner.get(t) is not file), None)
         if extra is not None:
             raise InputError(
-                f"`{file_name}` holds tensor `{headers.printable(extra)}`, which `{path}` does not place there",
+                f"`{file_name}` holds tensor `{headers.printable(extra)}`,"
+                f" which `{path}` does not place there",
                 where=str(path),
                 hint="mend the index, or give the shard itself as the input",
                 code="input.index",

@@ -56,7 +56,8 @@ def write(
     memory_limit: int | None = None,
     on_progress: Callable[[local.Progress], None] | None = None,
 ) -> Written:
-    """Write `checkpoint` to `path`, going on from where an interrupted run of the same work stopped.
+    """Write `checkpoint` to `path`, going on from where an interrupted run of the same work
+    stopped.
 
     `force` replaces an existing file once the new one is complete; `restart` discards unfinished
     work of another command. `memory_limit` is in bytes.

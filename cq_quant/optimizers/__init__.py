@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Protocol):
-    """Chooses codes. `rotates` says whether it works in the rotated basis, `note` what a user should
-    know of how it works here, such as what it does without calibration data."""
+    """Chooses codes. `rotates` says whether it works in the rotated basis, `note` what a user
+    should know of how it works here, such as what it does without calibration data."""
 
     name: str
     rotates: bool

@@ -1,8 +1,8 @@
 """Runs parts on this machine: worker threads under one memory budget, with progress and promises.
 
-Owns scheduling only. What is done with a part is a function; `cq.core.write` passes one that fills a
-sink, `cq verify` one that measures. Every part is computed by one thread with one torch thread, so
-results do not depend on how many workers there are.
+Owns scheduling only. What is done with a part is a function; `cq.core.write` passes one that fills
+a sink, `cq verify` one that measures. Every part is computed by one thread with one torch thread,
+so results do not depend on how many workers there are.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How to run. `workers` None is one per core; `memory_limit` in bytes bounds the parts in flight
-    together, None is half of what the machine has free."""
+    """How to run. `workers` None is one per core; `memory_limit` in bytes bounds the parts in
+    flight together, None is half of what the machine has free."""
 
     workers: int | None = None
     memory_limit: int | None = None

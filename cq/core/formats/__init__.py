@@ -31,7 +31,8 @@ class Format(Protocol):
         ...
 
     def tensors(self, weight: TensorSpec, scaling: str) -> dict[str, TensorSpec]:
-        """Specs of the stored tensors by local name (`weight`, `weight_scale`), without the marker."""
+        """Specs of the stored tensors by local name (`weight`, `weight_scale`), without the
+        marker."""
         ...
 
     def marker(self, group: int | None) -> dict[str, Any]:

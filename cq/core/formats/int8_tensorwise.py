@@ -1,7 +1,7 @@
 """`int8_tensorwise`: symmetric int8 with one float32 scale per tensor or per row, ConvRot optional.
 
-Stored: `weight` I8 `(N, K)`; `weight_scale` F32 `()` or `(N, 1)`. A scale of shape `(N,)` would run,
-but multiplies along K when ComfyUI dequantizes. Rotated weights are stored rotated, with
+Stored: `weight` I8 `(N, K)`; `weight_scale` F32 `()` or `(N, 1)`. A scale of shape `(N,)` would
+run, but multiplies along K when ComfyUI dequantizes. Rotated weights are stored rotated, with
 `"convrot": true`; the runtime rotates activations and never undoes the weights' rotation.
 
 Source: ComfyUI `comfy/quant_ops.py` (QUANT_ALGOS), comfy-kitchen `tensor/int8.py`
