@@ -54,8 +54,8 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Check that ComfyUI can load a quantized checkpoint, and measure what quantizing cost.
 
-        With --against it reports each layer's SQNR, relative error and cosine. Exits 1 if there is a
-        finding or a limit is not kept.
+        With --against it reports each layer's SQNR, relative error and cosine. Exits 1 if there is
+        a finding or a limit is not kept.
 
         \b
           cq verify out.safetensors --against flux.safetensors --min-sqnr 28
@@ -88,7 +88,8 @@ def _show(report: Report) -> None:
     here = options.terminal()
     formats = ", ".join(f"{n} layers of `{name}`" for name, n in report.formats.items())
     here.data(
-        f"{report.checkpoint}: {report.tensors} tensors, {size(report.nbytes)}, {formats or 'not quantized'}"
+        f"{report.checkpoint}: {report.tensors} tensors, {size(report.nbytes)},"
+        f" {formats or 'not quantized'}"
     )
     for note in report.notes:
         here.data(f"note: {note}")
@@ -108,8 +109,9 @@ def _show(report: Report) -> None:
     if report.unquantized is not None:
         kept = report.unquantized
         here.data(
-            f"\nnot quantized: {kept.same} tensors equal the reference's, {len(kept.changed)} differ,"
-            f" {kept.only_here} are only here, {kept.only_in_reference} only in the reference"
+            f"\nnot quantized: {kept.same} tensors equal the reference's,"
+            f" {len(kept.changed)} differ, {kept.only_here} are only here,"
+            f" {kept.only_in_reference} only in the reference"
         )
     for line in _verdict(report):
         here.data(line)

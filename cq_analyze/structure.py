@@ -132,8 +132,9 @@ def _markers(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, dict[
         elif spec.nbytes > _MAX_MARKER_BYTES:
             what = f"has a marker of {spec.nbytes} bytes"
         else:
+            raw = _raw(checkpoint, name)
             try:
-                found[layer] = comfy.parse_marker(_raw(checkpoint, name), layer=layer)
+                found[layer] = comfy.parse_marker(raw, layer=layer)
                 continue
             except InputError as error:
                 what = "has a marker that " + error.message.removeprefix(f"the marker `{name}` ")

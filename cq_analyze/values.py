@@ -24,12 +24,12 @@ from cq_analyze.structure import Marked, Structure, is_code, is_scale
 if TYPE_CHECKING:
     import torch
 
-# A wrong decoding (a lost rotation, foreign scales) is off by as much as the weight itself; rounding,
-# even to two bits, is not.
+# A wrong decoding (a lost rotation, foreign scales) is off by as much as the weight itself;
+# rounding, even to two bits, is not.
 _UNLIKE = 0.5
 # Per element of a segment: codes as float32, scaled, rotated, and a rotation's block
 _BYTES_PER_ELEMENT = 4 + 4 + 4 + 4
-_BYTES_METRICS = 8 << 20
+_BYTES_METRICS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,19 +242,18 @@ class _Layer:
     def inspect(self, job: local.Job) -> Outcome:
         """The scales, then the weight segment by segment."""
         segments, others = self._read()
-        faults = []
+        faults: list[Finding] = []
         for name, whole in others.items():
             if is_scale(name.rpartition(".")[2]) and _may_be_nonfinite(self.specs[name].dtype):
-                fault = _ScaleFault()
-                fault.add(whole)
-                found = fault.finding(name)
-                faults += [found] if found else []
+                checked = _ScaleFault()
+                checked.add(whole)
+                fault = checked.finding(name)
+                faults += [] if fault is None else [fault]
         if faults:
             return Outcome(findings=tuple(faults), layer=self.marked.layer)
         rows, mismatch = self._counterpart()
-        if mismatch is not None:
-            faults.append(mismatch)
-        total = self._decode(job, segments, others, rows, faults)
+        total, faults = self._decode(job, segments, others, rows)
+        faults += [] if mismatch is None else [mismatch]
         return Outcome(findings=tuple(faults), layer=self.marked.layer, fidelity=total)
 
     def _read(self) -> tuple[Iterable[torch.Tensor], dict[str, torch.Tensor]]:
@@ -283,11 +282,11 @@ class _Layer:
             return None, finding("reference.missing", self.marked.layer, "is not in the reference")
         spec, own = self.reference.spec(found), self.specs[self.weight]
         if len(spec.shape) != 2 or spec.shape[0] != own.shape[0]:
-            return None, self._other_shape(own.shape, spec.shape)
+            return None, self._other_shape(list(own.shape), spec)
         return self.reference.rows(found), None
 
-    def _other_shape(self, own: Iterable[int], other: Iterable[int]) -> Finding:
-        told = f"has the shape {list(own)}, but {list(other)} in the reference"
+    def _other_shape(self, own: list[int], other: TensorSpec) -> Finding:
+        told = f"has the shape {own}, but {list(other.shape)} in the reference"
         return finding("reference.shape", self.marked.layer, told)
 
     def _decode(
@@ -296,51 +295,60 @@ class _Layer:
         segments: Iterable[torch.Tensor],
         others: dict[str, torch.Tensor],
         rows: Rows | None,
-        faults: list[Finding],
-    ) -> Sums | None:
-        """Decode every segment; the sums against the reference, if there is a sound comparison."""
-        assert self.marked.format is not None
-        total_rows = self.specs[self.weight].shape[0]
-        beside = {name.rpartition(".")[2]: tensor for name, tensor in others.items()}
+    ) -> tuple[Sums | None, list[Finding]]:
+        """Decode every segment; the sums against the reference, if the comparison is sound."""
         start = nonfinite = 0
         found: list[Sums] = []
         for codes in segments:
             if job.stop.is_set():
                 raise local.Stop
-            stop = start + codes.shape[0]
-            cut = {
-                n: t[start:stop] if t.shape[:1] == (total_rows,) else t for n, t in beside.items()
-            }
-            value = self.marked.format.unpack({"weight": codes, **cut}, self.marked.settings)
-            nonfinite += _nonfinite(value)
-            if rows is not None:
-                expected = rows.like(value)
-                if expected.shape != value.shape:
-                    shapes = (total_rows, *value.shape[1:]), (total_rows, *expected.shape[1:])
-                    faults.append(self._other_shape(*shapes))
-                    rows = None
-                else:
-                    found.append(sums(expected, value))
-            start = stop
+            bad, features, measured = self._segment(codes, start, others, rows)
+            if rows is not None and measured is None:
+                assert self.reference is not None
+                other = self.reference.spec(self.reference.find(self.weight) or self.weight)
+                own = [self.specs[self.weight].shape[0], features]
+                return None, [self._other_shape(own, other)]
+            nonfinite += bad
+            found += [] if measured is None else [measured]
+            start += codes.shape[0]
         if nonfinite:
             told = f"decodes to {nonfinite} values that are not finite"
-            faults.append(finding("values.range", self.marked.layer, told))
-            return None
-        return None if rows is None else self._judged(pooled(found), faults)
+            return None, [finding("values.range", self.marked.layer, told)]
+        return (None, []) if rows is None else self._judged(pooled(found))
 
-    def _judged(self, total: Sums, faults: list[Finding]) -> Sums | None:
+    def _segment(
+        self, codes: torch.Tensor, start: int, others: dict[str, torch.Tensor], rows: Rows | None
+    ) -> tuple[int, int, Sums | None]:
+        """Of the rows from `start` on: how many values are not finite, K, and the sums.
+
+        The sums are None if there is nothing of that K to compare with.
+
+        A function of its own, so that one segment's float tensors are gone before the next's come.
+        """
+        assert self.marked.format is not None
+        total_rows, stop = self.specs[self.weight].shape[0], start + codes.shape[0]
+        stored = {"weight": codes}
+        for name, tensor in others.items():
+            by_row = tensor.shape[:1] == (total_rows,)
+            stored[name.rpartition(".")[2]] = tensor[start:stop] if by_row else tensor
+        value = self.marked.format.unpack(stored, self.marked.settings)
+        expected = None if rows is None else rows.like(value)
+        comparable = expected is not None and expected.shape == value.shape
+        measured = sums(expected, value) if expected is not None and comparable else None
+        return _nonfinite(value), value.shape[1], measured
+
+    def _judged(self, total: Sums) -> tuple[Sums | None, list[Finding]]:
         if not math.isfinite(total.reference_energy):
-            told = "holds values in the reference that are not finite"
-            faults.append(finding("reference.nonfinite", self.marked.layer, told))
-            return None
-        if total.relative_error > _UNLIKE:
-            cosine = "" if total.cosine is None else f", cosine {total.cosine:.3f}"
-            told = (
-                "decodes to something else than the reference's weight"
-                f" (relative error {total.relative_error:.3g}{cosine})"
-            )
-            faults.append(finding("values.unlike", self.marked.layer, told))
-        return total
+            told = "has values in the reference that are not finite"
+            return None, [finding("reference.nonfinite", self.marked.layer, told)]
+        if total.relative_error <= _UNLIKE:
+            return total, []
+        cosine = "" if total.cosine is None else f", cosine {total.cosine:.3f}"
+        told = (
+            "decodes to something else than the reference's weight"
+            f" (relative error {total.relative_error:.3g}{cosine})"
+        )
+        return total, [finding("values.unlike", self.marked.layer, told)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,15 @@
 """The merge stage: which adapters, how strongly, and the parts that add them to the weights.
 
-Owns strengths, dampening and the check that base and adapters agree. Plans from headers and scalars
+Owns dampening and the check that base and adapters agree. Plans from headers and scalars
 alone; torch only inside parts. Knows nothing of adapter kinds (`cq_merge.adapters`), of names
 (`cq_merge.keys`) or of quantization.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from cq.core import comfy, select
@@ -19,27 +17,13 @@ from cq.core.checkpoint import Checkpoint, Part, Piece, Stage, narrowed
 from cq.core.dtypes import DTYPES, torch_dtype
 from cq.core.errors import InputError, PlanError, UsageError
 from cq.core.header import printable
-from cq.core.source import Source, check_fingerprint, largest_cut, open_source
+from cq.core.source import Source, largest_cut
 from cq_merge import adapters as kinds
-from cq_merge import factors
+from cq_merge import factors, inputs
 from cq_merge.keys import Layers
 
 DAMPENING = 0.9  # of each adapter against the one before it
-_FINGERPRINT = ("nbytes", "header", "sample")
 _STAGE_KEYS = ("adapters", "scale", "dampen", "allow_unmatched")
-_ADAPTER_KEYS = ("path", "strength", *_FINGERPRINT)
-
-_Path = str | os.PathLike[str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterFile:
-    """An adapter file that is open, its strength, and the fingerprint that it was opened with."""
-
-    path: str
-    strength: float
-    fingerprint: Mapping[str, Any] = field(hash=False)
-    source: Source = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +32,7 @@ class MergeStage:
 
     name: ClassVar[str] = "merge"
 
-    adapters: tuple[AdapterFile, ...]
+    adapters: tuple[inputs.AdapterFile, ...]
     scale: float = 1.0
     dampen: bool = False
     allow_unmatched: bool = False
@@ -71,14 +55,14 @@ class MergeStage:
         Raises: InputError for an unknown or ill-typed argument or an adapter that cannot be read,
         PlanError if an adapter has changed since the manifest was made.
         """
-        _refuse_unknown(arguments, _STAGE_KEYS, "the merge stage")
+        select.refuse_unknown(arguments, _STAGE_KEYS, "the merge stage")
         entries = arguments.get("adapters")
         if not isinstance(entries, list) or not entries:
-            raise _ill_typed("adapters", entries)
-        files = tuple(_adapter_file(entry) for entry in entries)
+            raise inputs.ill_typed("adapters", entries)
+        files = tuple(inputs.from_manifest(entry) for entry in entries)
         return cls(
             adapters=files,
-            scale=_number(arguments, "scale"),
+            scale=inputs.number(arguments, "scale"),
             dampen=_flag(arguments, "dampen", len(files) > 1),
             allow_unmatched=_flag(arguments, "allow_unmatched", False),
         )
@@ -216,7 +200,7 @@ class _Merged:
 
 def merge(
     base: Checkpoint,
-    adapters: Sequence[_Path | tuple[_Path, float]],
+    adapters: Sequence[inputs.AdapterWord | tuple[inputs.AdapterWord, float]],
     *,
     scale: float = 1.0,
     dampen: bool | None = None,
@@ -234,12 +218,12 @@ def merge(
     """
     if isinstance(adapters, str | os.PathLike):
         adapters = [adapters]
-    wanted = [_wanted(adapter) for adapter in adapters]
+    wanted = [inputs.wanted(adapter) for adapter in adapters]
     if not wanted:
         raise UsageError("there is no adapter to merge", hint="give at least one adapter file")
-    _finite(scale, "the scale")
+    inputs.finite(scale, "the scale")
     stage = MergeStage(
-        adapters=tuple(_opened(path, strength) for path, strength in wanted),
+        adapters=tuple(inputs.opened(path, strength) for path, strength in wanted),
         scale=float(scale),
         dampen=len(wanted) > 1 if dampen is None else dampen,
         allow_unmatched=allow_unmatched,
@@ -247,106 +231,11 @@ def merge(
     return stage.apply(base)
 
 
-def parse_adapter(text: str) -> tuple[str, float]:
-    """The path and strength in `path:strength`; a path alone has strength 1.
-
-    Raises: UsageError if the strength is not a finite number.
-
-    >>> parse_adapter("style.safetensors:-0.5")
-    ('style.safetensors', -0.5)
-    >>> parse_adapter("style.safetensors")
-    ('style.safetensors', 1.0)
-    """
-    path, colon, word = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
-        return text, 1.0
-    try:
-        strength = float(word)
-    except ValueError:
-        if not Path(path).exists():
-            return text, 1.0
-        raise UsageError(
-            f"`{word}` is not a strength for `{path}`",
-            hint=f"write a number after the colon, as in `{path}:0.8`",
-            code="usage.strength",
-        ) from None
-    return path, _finite(strength, f"the strength of `{path}`")
-
-
-def _wanted(adapter: _Path | tuple[_Path, float]) -> tuple[str, float]:
-    if isinstance(adapter, str):
-        return parse_adapter(adapter)
-    if isinstance(adapter, os.PathLike):
-        return os.fspath(adapter), 1.0
-    if not isinstance(adapter, tuple) or len(adapter) != 2:
-        raise UsageError(
-            f"`{adapter!r}` is not an adapter",
-            hint="give a path, `path:strength`, or a pair of path and strength",
-        )
-    path, strength = adapter
-    return os.fspath(path), _finite(strength, f"the strength of `{os.fspath(path)}`")
-
-
-def _finite(value: float, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(
-            f"{what} cannot be `{value}`", hint="it is a finite number", code="usage.strength"
-        )
-    return float(value)
-
-
-def _opened(path: str, strength: float, expected: Mapping[str, Any] | None = None) -> AdapterFile:
-    source = open_source(path)
-    if expected:
-        check_fingerprint(source, expected)
-    return AdapterFile(
-        path=str(source.path.resolve()),
-        strength=strength,
-        fingerprint=source.fingerprint(),
-        source=source,
-    )
-
-
-def _adapter_file(entry: Any) -> AdapterFile:
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise _ill_typed("adapters", entry)
-    _refuse_unknown(entry, _ADAPTER_KEYS, "an adapter of the merge stage")
-    return _opened(
-        entry["path"],
-        _number(entry, "strength"),
-        {key: entry[key] for key in _FINGERPRINT if key in entry},
-    )
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], what: str) -> None:
-    for key in values:
-        if key not in known:
-            raise InputError(
-                f"{what} has no argument `{printable(key)}`",
-                hint=select.nearest(key, known) or "it has " + ", ".join(f"`{k}`" for k in known),
-                code="input.manifest",
-            )
-
-
-def _number(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key, 1.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _ill_typed(key, value)
-    return float(value)
-
-
 def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
     value = values.get(key, default)
     if not isinstance(value, bool):
-        raise _ill_typed(key, value)
+        raise inputs.ill_typed(key, value)
     return value
-
-
-def _ill_typed(key: str, value: Any) -> InputError:
-    return InputError(
-        f"the merge stage's argument `{key}` cannot be `{printable(repr(value))}`",
-        code="input.manifest",
-    )
 
 
 def _shown(source: Checkpoint) -> str:
@@ -404,7 +293,7 @@ def _check_fit(
         )
 
 
-def _note(adapter: AdapterFile, strength: float, plan: _Plan) -> dict[str, Any]:
+def _note(adapter: inputs.AdapterFile, strength: float, plan: _Plan) -> dict[str, Any]:
     changes = [change for _, change in plan.matched]
     return {
         "path": adapter.path,

@@ -48,15 +48,8 @@ class QuantStage:
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Stage:
         """The stage of a manifest. Raises: InputError for an unknown or ill-typed argument."""
         defaults = {f.name: f.default for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in arguments.items():
-            if key not in defaults:
-                raise InputError(
-                    f"the quant stage has no argument `{key}`",
-                    hint=select.nearest(key, defaults),
-                    code="input.manifest",
-                )
-            values[key] = _typed(key, value, defaults[key])
+        select.refuse_unknown(arguments, defaults, "the quant stage")
+        values = {key: _typed(key, value, defaults[key]) for key, value in arguments.items()}
         return cls(**values)
 
     def apply(self, source: Checkpoint) -> Checkpoint:

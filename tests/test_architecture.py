@@ -1,4 +1,4 @@
-"""The house keeps its rules: directions, budgets, fresh documents, and JSON that is as described."""
+"""The house keeps its rules: directions, budgets, fresh documents, JSON as described."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_generated_documents_are_fresh() -> None:
         text=True,
         check=False,
     )
-    assert (0, "") == (done.returncode, done.stderr)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", catalog.names("commands"))
@@ -145,4 +145,4 @@ COMP_WORDS=(cq ve); COMP_CWORD=1; _cq; echo "${{COMPREPLY[@]}}"
 COMP_WORDS=(cq quant --def); COMP_CWORD=2; _cq; echo "${{COMPREPLY[@]}}"
 """
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert ["quip", "verify", "--defer"] == done.stdout.split("\n")[:3]
+    assert done.stdout.split("\n")[:3] == ["quip", "verify", "--defer"]

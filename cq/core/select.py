@@ -11,7 +11,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from cq.core.errors import PlanError, UsageError
+from cq.core.errors import InputError, PlanError, UsageError
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
@@ -65,3 +65,18 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     containing = [name for name in candidates if plain and plain in name]
     near = difflib.get_close_matches(plain, candidates[:5000], n=3, cutoff=0.5) or containing[:3]
     return "did you mean " + ", ".join(f"`{n}`" for n in near) + "?" if near else None
+
+
+def refuse_unknown(found: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Check the keys of a stage's arguments.
+
+    Raises: InputError with near names for one that `what` does not have.
+    """
+    listed = list(known)
+    for key in found:
+        if key not in listed:
+            raise InputError(
+                f"{what} has no argument `{key}`",
+                hint=nearest(key, listed) or "it has " + ", ".join(f"`{k}`" for k in listed),
+                code="input.manifest",
+            )

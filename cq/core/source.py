@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 INDEX_SUFFIX = ".safetensors.index.json"
+FINGERPRINT = ("nbytes", "header", "sample")
 _SAMPLES = 64
 _SAMPLE_BYTES = 1024
 _CUT_ELEMENTS = 1 << 20
@@ -377,7 +378,7 @@ def check_fingerprint(source: Source, expected: Mapping[str, Any]) -> None:
     Raises: PlanError naming what differs.
     """
     actual = source.fingerprint()
-    for key in ("nbytes", "header", "sample"):
+    for key in FINGERPRINT:
         if key in expected and expected[key] != actual[key]:
             raise PlanError(
                 f"`{source.shown}` has changed since the manifest was made (its {key} differs)",
