@@ -115,7 +115,7 @@ def default_output(checkpoint: Checkpoint, format_name: str) -> str:
     pipe."""
     source = checkpoint.sources[0]
     name = f"{source.stem}-{format_name}.safetensors"
-    return name if source.shown == "stdin" else str(Path(source.path).with_name(name))
+    return name if source.spooled else str(Path(source.path).with_name(name))
 
 
 def _say_notes(checkpoint: Checkpoint) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -37,9 +38,9 @@ def document(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     sources = []
     for source in checkpoint.sources:
-        if source.shown == "stdin":
+        if source.spooled:
             raise UsageError(
-                "bytes from stdin cannot be named in a manifest",
+                f"bytes from {source.shown} cannot be named in a manifest",
                 hint="add `-o FILE`, or give the checkpoint as a file",
                 code="usage.stdin_bytes",
             )
@@ -193,18 +194,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     shown = os.fspath(path)
     resolved = Path(shown)
-    if not resolved.is_dir() and not resolved.name.endswith(".index.json"):
+    if not os.path.isdir(resolved) and not resolved.name.endswith(".index.json"):
         try:
             with resolved.open("rb") as file:
+                if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):  # as in `<(cq merge …)`
+                    return open_checkpoint_stream(file, where=shown)
                 if _is_manifest(file.read(9)):
                     file.seek(0)
                     return load(file.read(_MAX_MANIFEST_BYTES), where=shown)
         except OSError as error:
             raise unreadable(shown, error) from error
+        except ValueError:
+            pass  # a NUL in the name, which `open_source` reports
     return from_source(open_source(resolved))
 
 
-def open_checkpoint_stream(stream: IO[bytes]) -> Checkpoint:
+def open_checkpoint_stream(stream: IO[bytes], *, where: str = "stdin") -> Checkpoint:
     """Open a manifest or safetensors bytes that come through a pipe.
 
     Raises: InputError; an empty stream says that the step before has failed.
@@ -214,14 +219,14 @@ def open_checkpoint_stream(stream: IO[bytes]) -> Checkpoint:
         first += more
     if not first:
         raise InputError(
-            "stdin is empty: the step before in the pipe has passed nothing on",
-            where="stdin",
+            f"{where} is empty: the step before in the pipe has passed nothing on",
+            where=where,
             hint="look at that step's error above",
             code="input.empty",
         )
     if _is_manifest(first):
-        return load(first + stream.read(_MAX_MANIFEST_BYTES), where="stdin")
-    return from_source(open_stream(stream, first))
+        return load(first + stream.read(_MAX_MANIFEST_BYTES), where=where)
+    return from_source(open_stream(stream, first, shown=where))
 
 
 def _is_manifest(first: bytes) -> bool:

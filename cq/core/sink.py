@@ -276,17 +276,17 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
             hint="choose another output; cq never overwrites what it reads",
             code="plan.output_is_input",
         )
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):  # never raises, whatever the name
         raise PlanError(
             f"`{shown}` is not a regular file",
             where=shown,
             hint="name a file; `-o -` writes the bytes to stdout",
             code="plan.output_kind",
         )
-    if target.exists() and not force:
+    if os.path.exists(target) and not force:
         raise _exists(shown)
-    parent = Path(os.path.realpath(target)).parent
-    if not parent.is_dir():
+    parent = os.path.dirname(os.path.realpath(target))
+    if not os.path.isdir(parent):
         raise ResourceError(
             f"the directory `{parent}` does not exist", where=shown, code="resource.directory"
         )
@@ -356,6 +356,8 @@ class StreamSink(_OpenFile):
     ) -> None:
         assert self._spool is not None
         with self._spool:
+            if isinstance(error, OSError):
+                raise _no_room(tempfile.gettempdir(), self.header.nbytes_file, error) from error
             if kind is not None:
                 return
             self._spool.seek(0)

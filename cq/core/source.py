@@ -72,6 +72,10 @@ class SourceFile:
             self._fd = os.open(path, files.READ_FLAGS)
         except OSError as error:
             raise unreadable(self.shown, error) from error
+        except ValueError as error:  # a NUL in the name
+            raise InputError(
+                f"`{headers.printable(self.shown)}` is not a file name", code="input.missing"
+            ) from error
         try:
             stat = os.fstat(self._fd)
             self.nbytes = stat.st_size
@@ -200,14 +204,17 @@ def _near_file(shown: str) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A checkpoint on disk: one file, or the shards that an index names, seen as one set of
-    tensors."""
+    """A checkpoint on disk: a file, or the shards that an index names, as one set of tensors.
+
+    A `spooled` one came through a pipe: nobody can open it again by its path.
+    """
 
     path: Path
     files: tuple[SourceFile, ...]
     owner: Mapping[str, SourceFile]
     metadata: Mapping[str, str]
     shown: str
+    spooled: bool = False
 
     @property
     def stem(self) -> str:
@@ -245,7 +252,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     Raises: InputError for anything that cannot be read as a checkpoint.
     """
     resolved = Path(path)
-    if resolved.is_dir():
+    if os.path.isdir(resolved):  # never raises, whatever the name
         resolved = _in_directory(resolved)
     if resolved.name.endswith(".index.json"):
         return _open_index(resolved)
@@ -340,7 +347,7 @@ def _open_index(path: Path) -> Source:
     )
 
 
-def open_stream(stream: IO[bytes], first: bytes) -> Source:
+def open_stream(stream: IO[bytes], first: bytes, *, shown: str) -> Source:
     """Open safetensors bytes that come from a pipe, through an unlinked temporary file.
 
     `first` is what was already read of `stream`; the rest is copied, so that it can be read in any
@@ -355,10 +362,10 @@ def open_stream(stream: IO[bytes], first: bytes) -> Source:
             while chunk := stream.read(1 << 20):
                 spool.write(chunk)
             spool.flush()
-            file = SourceFile(Path(spool.name), shown="stdin")
+            file = SourceFile(Path(spool.name), shown=shown)
     except OSError as error:
         raise ResourceError(
-            f"cannot keep the bytes from stdin in `{tempfile.gettempdir()}`:"
+            f"cannot keep the bytes from {shown} in `{tempfile.gettempdir()}`:"
             f" {(error.strerror or str(error)).lower()}",
             hint="set TMPDIR to a directory with room for the checkpoint, or give a file",
             code="resource.disk",
@@ -368,7 +375,8 @@ def open_stream(stream: IO[bytes], first: bytes) -> Source:
         files=(file,),
         owner=dict.fromkeys(file.header.entries, file),
         metadata=file.header.metadata,
-        shown="stdin",
+        shown=shown,
+        spooled=True,
     )
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -208,26 +209,21 @@ def checked(part: Part) -> Iterator[Piece]:
             )
 
 
-class single_threaded_torch:  # noqa: N801 - used as a function
+@contextmanager
+def single_threaded_torch(needed: bool) -> Iterator[None]:
     """Within it torch operators use one thread each: workers are the parallelism, and one thread's
     sums have one order. Does nothing, and imports nothing, unless `needed`."""
+    if not needed:
+        yield
+        return
+    import torch
 
-    def __init__(self, needed: bool) -> None:
-        self._needed = needed
-        self._before = 0
-
-    def __enter__(self) -> None:
-        if self._needed:
-            import torch
-
-            self._before = torch.get_num_threads()
-            torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        if self._needed:
-            import torch
-
-            torch.set_num_threads(self._before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def default_workers() -> int:
