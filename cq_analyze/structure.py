@@ -132,7 +132,7 @@ def _markers(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, dict[
         elif spec.nbytes > _MAX_MARKER_BYTES:
             what = f"has a marker of {spec.nbytes} bytes"
         else:
-            raw = _raw(checkpoint, name)
+            raw = checkpoint.read_bytes(name)
             try:
                 found[layer] = comfy.parse_marker(raw, layer=layer)
                 continue
@@ -140,16 +140,6 @@ def _markers(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, dict[
                 what = "has a marker that " + error.message.removeprefix(f"the marker `{name}` ")
         findings.append(finding("marker.invalid", layer, what))
     return found
-
-
-def _raw(checkpoint: Checkpoint, name: str) -> bytes:
-    """A small tensor's bytes; from a file without torch."""
-    part = checkpoint.part(name)
-    if part.extent is None:
-        return bytes(checkpoint.read(name).tolist())
-    buffer = bytearray(part.extent.nbytes)
-    part.extent.file.read_into(memoryview(buffer), part.extent.offset, tensor=name)
-    return bytes(buffer)
 
 
 def _header_fault(

@@ -30,8 +30,9 @@ from cq_analyze.report import (
 )
 
 if TYPE_CHECKING:
+    from cq_analyze.reference import Reference
     from cq_analyze.structure import Marked, Structure
-    from cq_analyze.values import Outcome, Reference
+    from cq_analyze.values import Outcome
 
 
 def verify(
@@ -73,7 +74,7 @@ def verify(
     )
     if header_only:
         return report
-    reference = None if against is None else values.Reference(against)
+    reference = None if against is None else Reference(against)
     settings = local.Settings(workers=workers, memory_limit=memory_limit, on_progress=on_progress)
     outcomes = values.inspect(checkpoint, judged, reference, settings)
     measured = {o.layer: o.fidelity for o in outcomes if o.layer is not None}

@@ -48,13 +48,14 @@ class Part:
     `produce()` yields every row of every tensor once, rows in order within a tensor. It may be
     called any number of times, from any thread, and always yields the same values. `nbytes_peak`
     bounds the memory it holds at any moment. With an `extent` the bytes of the one tensor lie ready
-    in a file and are copied without being looked at.
+    in a file and are copied without being looked at; with `constant` they are known already.
     """
 
     tensors: Mapping[str, TensorSpec]
     nbytes_peak: int
     produce: Callable[[], Iterator[Piece]]
     extent: Extent | None = None
+    constant: bytes | None = None
 
     @property
     def name(self) -> str:
@@ -167,6 +168,19 @@ class Checkpoint:
             for name, pieces in collected.items()
         }
 
+    def read_bytes(self, name: str) -> bytes:
+        """The bytes of a small tensor, such as a marker; without torch unless they are computed."""
+        part = self._part_of[name]
+        if part.constant is not None:
+            return part.constant
+        if part.extent is not None:
+            buffer = bytearray(part.extent.nbytes)
+            part.extent.file.read_into(memoryview(buffer), part.extent.offset, tensor=name)
+            return bytes(buffer)
+        import torch
+
+        return bytes(self.read(name).reshape(-1).view(torch.uint8).tolist())
+
     def after(self, stage: Stage, **changes: Any) -> Checkpoint:
         """This checkpoint's successor by `stage`: what `changes` does not name stays as it is."""
         return dataclasses.replace(
@@ -216,4 +230,4 @@ def constant_part(name: str, value: bytes) -> Part:
         yield Piece(name, 0, torch.tensor(list(value), dtype=torch.uint8))
 
     spec = TensorSpec("U8", (len(value),))
-    return Part(tensors={name: spec}, nbytes_peak=len(value), produce=produce)
+    return Part(tensors={name: spec}, nbytes_peak=len(value), produce=produce, constant=value)

@@ -119,6 +119,5 @@ def layer_markers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     for name in checkpoint.specs:
         if name.endswith(MARKER):
             layer = name.removesuffix(MARKER)
-            raw = bytes(checkpoint.read(name).reshape(-1).tolist())
-            found[layer] = parse_marker(raw, layer=layer)
+            found[layer] = parse_marker(checkpoint.read_bytes(name), layer=layer)
     return {**found, **header_layers(checkpoint.metadata)}

@@ -111,6 +111,7 @@ class _Runner:
         self._running = 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self._computes = any(part.extent is None for _, part in self._queue)
         self._parts = len(parts)
         self._parts_done = self._parts - len(self._queue)
         self._total = sum(part.nbytes for part in parts)
@@ -122,7 +123,7 @@ class _Runner:
             threading.Thread(target=self._worker, name=f"cq-{i}", daemon=True)
             for i in range(self._workers)
         ]
-        with single_threaded_torch(any(part.extent is None for _, part in self._queue)):
+        with single_threaded_torch(self._computes):
             try:
                 for thread in threads:
                     thread.start()
@@ -150,6 +151,12 @@ class _Runner:
             self._changed.notify_all()
 
     def _worker(self) -> None:
+        # Once more in the thread itself: what the main thread set reaches BLAS in a new thread only
+        # after some other operator ran there, and another thread count is another order of sums.
+        if self._computes:
+            import torch
+
+            torch.set_num_threads(1)
         while (job := self._take()) is not None:
             try:
                 self._work(job)
