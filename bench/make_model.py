@@ -1,8 +1,8 @@
 """Make a Flux-like bf16 checkpoint of a requested size, and a kohya LoRA for it.
 
-Names and shapes are those of Flux.1-dev, with fewer blocks. The values are synthetic but not easy: Gaussian, with
-log-normal row scales, a few outlier input channels and rare outlier elements. Equal arguments give equal values, whatever
-was made before; a file that is already there is kept.
+Names and shapes are those of Flux.1-dev, with fewer blocks. The values are synthetic but not easy:
+Gaussian, with log-normal row scales, a few outlier input channels and rare outlier elements. Equal
+arguments give equal values; a file that is already there is kept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OUTLIER_ELEMENTS, ELEMENT_GAIN = 1e-5, 6.0
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How wide the model is and how many blocks of each kind it has. Flux.1-dev is (3072, 19, 38)."""
+    """Width of the model and its blocks of each kind. Flux.1-dev is `Layout(3072, 19, 38)`."""
 
     hidden: int
     doubles: int
@@ -112,7 +112,8 @@ def nearest_layout(nbytes: float, hidden: int) -> Layout:
     (Layout(hidden=3072, doubles=1, singles=1), Layout(hidden=3072, doubles=2, singles=2))
     """
     fixed, double, single = (
-        total_nbytes(Layout(hidden, *blocks).specs().values()) for blocks in ((0, 0), (1, 0), (0, 1))
+        total_nbytes(Layout(hidden, *blocks).specs().values())
+        for blocks in ((0, 0), (1, 0), (0, 1))
     )
     double, single = double - fixed, single - fixed
     candidates = []
@@ -135,7 +136,7 @@ def chunks(name: str, spec: TensorSpec, seed: int) -> Iterator[Tensor]:
         center = 1.0 if name.endswith(".scale") else 0.0
         yield center + 0.02 * torch.randn(spec.shape, generator=generator)
     elif ".lora_" in name:
-        # Of Kaiming size below and small above: the product changes a weight by about a tenth of it.
+        # Together they change a weight by about a tenth of its size.
         size = spec.shape[1] ** -0.5 if ".lora_down." in name else 0.05
         yield size * torch.randn(spec.shape, generator=generator)
     else:
@@ -161,8 +162,10 @@ def _weight_chunks(spec: TensorSpec, generator: torch.Generator) -> Iterator[Ten
         yield values
 
 
-def write(path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], seed: int) -> bool:
-    """Write a checkpoint in file order, a chunk in memory at a time; False if it was there already."""
+def write(
+    path: Path, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], seed: int
+) -> bool:
+    """Write a checkpoint in file order, a chunk at a time; False if it was there already."""
     head, header = lay_out(specs, metadata)
     if path.exists() and path.stat().st_size == header.nbytes_file:
         with path.open("rb") as file:

@@ -17,6 +17,7 @@ from cq.core.dtypes import DTYPES
 from cq.core.engine import local
 from cq.core.errors import PlanError, UsageError
 from cq_analyze import structure, values
+from cq_analyze.reference import Reference
 from cq_analyze.report import (
     Comparison,
     Fidelity,
@@ -30,7 +31,6 @@ from cq_analyze.report import (
 )
 
 if TYPE_CHECKING:
-    from cq_analyze.reference import Reference
     from cq_analyze.structure import Marked, Structure
     from cq_analyze.values import Outcome
 
