@@ -31,7 +31,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 FINGERPRINT = ("nbytes", "header", "sample")
 _SAMPLES = 64
 _SAMPLE_BYTES = 1024
-_CUT_ELEMENTS = 1 << 20
+_CUT_ELEMENTS = 1 << 18
 _CUT_ROWS = 128  # the tallest tile of any storage format, so that a cut never splits one
 
 

@@ -33,9 +33,13 @@ class Int8Grid:
     scaling: str
 
     def absmax(self, weight: torch.Tensor) -> torch.Tensor:
-        """Shape `(rows, 1)` for rows, `()` for a tensor."""
-        magnitude = weight.abs()
-        return magnitude.amax(1, keepdim=True) if self.scaling == "row" else magnitude.amax()
+        """Shape `(rows, 1)` for rows, `()` for a tensor. NaN where a weight is."""
+        import torch
+
+        # Two reductions rather than magnitudes, which would be another copy of the weight.
+        if self.scaling == "row":
+            return torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
+        return torch.maximum(weight.amax(), -weight.amin())
 
     def scales(self, absmax: torch.Tensor) -> torch.Tensor:
         """absmax / 127, at least 1e-30."""

@@ -1,0 +1,1 @@
+"""Worked examples, each small enough to run on a laptop."""
