@@ -45,7 +45,7 @@ def merged_images(merged: Path) -> torch.Tensor:
 
 
 def test_digits_is_what_comfyui_detects_as_flux_schnell() -> None:
-    """The names and shapes by which ComfyUI's model detection knows Flux, and its sizes from them."""
+    """The names and shapes by which ComfyUI detects Flux, and the sizes that it reads there."""
     with safe_open(BASE, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     for name in (

@@ -300,6 +300,14 @@ def test_parse_refuses_an_entry_and_names_its_tensor(entry: Any, words: str) -> 
     assert words in error.message
 
 
+@pytest.mark.parametrize(
+    "sizes", [b'"shape":[-0],"data_offsets":[0,0]', b'"shape":[0],"data_offsets":[-0,0]']
+)
+def test_parse_refuses_negative_zero(sizes: bytes) -> None:
+    """Python reads `-0` as the integer 0; safetensors refuses the file."""
+    refused(make.file_bytes(b'{"a":{"dtype":"I8",%s}}' % sizes))
+
+
 def test_parse_takes_packed_tensors_of_whole_bytes() -> None:
     raw = make.file_bytes(
         {"four": make.entry("F4", [3, 2], 0, 3), "six": make.entry("F6_E3M2", [4], 3, 6)}, bytes(6)

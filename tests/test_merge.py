@@ -26,8 +26,8 @@ from cq.core.engine import local
 from cq.core.errors import CqError, InputError, PlanError, UsageError
 from cq.core.source import Source, cuts
 from cq_merge.adapters.lora import SPELLINGS
-from cq_merge.keys import Layers
 from cq_merge.inputs import parse_adapter
+from cq_merge.keys import Layers
 from cq_merge.stage import MergeStage
 
 P = "model.diffusion_model."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from cq.core import source as sources
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import CqError, InputError, PlanError, ResourceError
 from cq.core.manifest import open_checkpoint_stream
-from cq.core.source import check_fingerprint, cuts, largest_cut, open_source, open_stream
+from cq.core.source import check_fingerprint, cuts, largest_cut, open_source
 
 TILE = 128
 
@@ -266,6 +269,18 @@ def test_index_with_anything_but_a_name_beside_it_is_refused(shard: Any, index: 
     assert error.message.isprintable()
 
 
+@pytest.mark.parametrize("shard", ["../x.safetensors", "sub/x.safetensors", "{}/x.safetensors"])
+def test_index_never_leads_out_of_its_directory(shard: str, tmp_path: Path) -> None:
+    """Although the file is there and holds just what the index says."""
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    for place in (tmp_path, directory / "sub"):
+        make.save(place / "x.safetensors", {"a": torch.ones(1)})
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard.format(tmp_path)}}))
+    assert "not the name of a safetensors file beside it" in refused(index).message
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -463,11 +478,48 @@ def test_stream_that_is_empty_points_to_the_step_before() -> None:
     assert caught.value.hint
 
 
-def test_stream_without_room_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Full(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            raise OSError(28, "No space left on device")
+def test_stream_without_room_is_a_resource_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make.save(tmp_path / "a.safetensors", {"a": torch.ones(3)}).read_bytes()
 
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources.tempfile, "NamedTemporaryFile", full)
     with pytest.raises(ResourceError, match="no space left") as caught:
-        open_stream(Full(), b"x")
+        open_checkpoint_stream(io.BytesIO(raw))
     assert caught.value.exit_code == 5
+    assert "TMPDIR" in (caught.value.hint or "")
+
+
+@pytest.fixture
+def named_pipe(tmp_path: Path) -> Callable[[bytes], Path]:
+    """A named pipe into which the bytes are written once somebody reads."""
+
+    def named_pipe(raw: bytes) -> Path:
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        threading.Thread(target=path.write_bytes, args=(raw,), daemon=True).start()
+        return path
+
+    return named_pipe
+
+
+def test_open_reads_a_named_pipe(tmp_path: Path, named_pipe: Callable[[bytes], Path]) -> None:
+    tensors = {"a": make.noise("BF16", (300, 400))}
+    raw = make.save(tmp_path / "a.safetensors", tensors).read_bytes()
+    assert make.same(tensors["a"], cq.open(named_pipe(raw)).read("a"))
+
+
+def test_open_reads_a_manifest_from_a_named_pipe(
+    tmp_path: Path, named_pipe: Callable[[bytes], Path]
+) -> None:
+    base = cq.open(make.save(tmp_path / "a.safetensors", {"a": torch.ones(2)}))
+    pipe = named_pipe(json.dumps(base.manifest()).encode())
+    assert base.manifest() == cq.open(pipe).manifest()
+
+
+def test_open_refuses_a_named_pipe_that_is_cut_off(named_pipe: Callable[[bytes], Path]) -> None:
+    error = refused(named_pipe(make.file_bytes({"a": make.entry("I8", [9], 0, 9)}, b"abc")))
+    assert error.code == "input.truncated"

@@ -13,6 +13,7 @@ from cq.cli import options
 from cq.cli.options import guard, use_terminal
 from cq.cli.output import Terminal
 from cq.core import catalog
+from cq.core.engine import memory
 from cq.core.errors import CqError, UsageError
 from cq.version import VERSION
 
@@ -109,6 +110,7 @@ def _usage(error: Any) -> UsageError:
 
 def main() -> None:
     """The console script."""
+    memory.keep_freed()
     sys.exit(run(sys.argv[1:], Terminal()))
 
 

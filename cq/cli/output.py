@@ -6,6 +6,7 @@ is imported when something is drawn. No other module writes to a stream.
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import sys
@@ -20,6 +21,7 @@ import orjson
 
 from cq.core.engine.local import Progress
 from cq.core.errors import CqError
+from cq.core.header import as_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,14 +65,18 @@ class Terminal:
         return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
     def data(self, text: str) -> None:
-        """One document or line on stdout."""
-        self.stdout.write(text + "\n")
+        """One document or line on stdout. File names need not be text; what is shown of them is."""
+        self.stdout.write(as_text(text) + "\n")
         self.stdout.flush()
 
     def document(self, value: Any) -> None:
         """One JSON document on stdout: a single line in a pipe, indented for a person."""
         option = orjson.OPT_INDENT_2 if self.is_tty else 0
-        self.data(orjson.dumps(value, option=option).decode())
+        try:
+            text = orjson.dumps(value, option=option).decode()
+        except TypeError:  # a file name that is not UTF-8, which only escapes can say
+            text = json.dumps(value, indent=2 if self.is_tty else None)
+        self.data(text)
 
     def byte_stream(self) -> IO[bytes]:
         """Stdout for bytes."""

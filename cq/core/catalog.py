@@ -12,6 +12,7 @@ import difflib
 import importlib
 import os
 import tomllib
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -24,25 +25,41 @@ KINDS = ("formats", "optimizers", "adapters", "models", "stages", "commands")
 
 @cache
 def _found(kind: str) -> dict[str, tuple[str, EntryPoint | None]]:
-    # name -> (where it lies, entry point or None for a module of a home)
+    # name -> (where it lies, entry point or None for a file of a home)
     found: dict[str, tuple[str, EntryPoint | None]] = {}
-    for home in entry_points(group="cq.homes"):
-        if home.name == kind:
-            package = importlib.import_module(home.value)
-            for directory in filter(os.path.isdir, package.__path__):
-                for path in sorted(Path(directory).iterdir()):
-                    if path.suffix in {".py", ".toml"} and not path.stem.startswith("_"):
-                        place = f"{home.value}.{path.stem}" if path.suffix == ".py" else str(path)
-                        found[path.stem] = (place, None)
-    for entry in sorted(entry_points(group=f"cq.{kind}"), key=lambda e: e.name):
-        if entry.name in found and found[entry.name][0] != entry.value:
+    for name, place, entry in (*_in_homes(kind), *_entries(kind)):
+        if name in found and found[name][0] != place:
             raise PlanError(
-                f"two plugs are named `{entry.name}`: `{found[entry.name][0]}` and `{entry.value}`",
+                f"two plugs are named `{name}`: `{found[name][0]}` and `{place}`",
                 hint="uninstall one of the packages that offer them",
                 code="plan.plug_twice",
             )
-        found[entry.name] = (entry.value, entry)
+        found[name] = (place, entry)
     return dict(sorted(found.items()))
+
+
+def _in_homes(kind: str) -> Iterator[tuple[str, str, None]]:
+    for home in entry_points(group="cq.homes"):
+        if home.name != kind:
+            continue
+        try:
+            package = importlib.import_module(home.value)
+        except ImportError as error:
+            raise PlanError(
+                f"the home of {kind} `{home.value}` cannot be imported: {error}",
+                hint="update or uninstall the package that offers it",
+                code="plan.plug_broken",
+            ) from error
+        for directory in filter(os.path.isdir, package.__path__):
+            for path in sorted(Path(directory).iterdir()):
+                if path.suffix in {".py", ".toml"} and not path.stem.startswith("_"):
+                    place = f"{home.value}.{path.stem}" if path.suffix == ".py" else str(path)
+                    yield path.stem, place, None
+
+
+def _entries(kind: str) -> Iterator[tuple[str, str, EntryPoint]]:
+    for entry in entry_points(group=f"cq.{kind}"):
+        yield entry.name, entry.value, entry
 
 
 def names(kind: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
-from cq.core.dtypes import TensorSpec
+from cq.core.dtypes import TensorSpec, torch_dtype
 from cq.core.errors import InternalError
 from cq.core.source import Source, SourceFile, cuts, largest_cut
 
@@ -163,6 +163,10 @@ class Checkpoint:
             for piece in part.produce():
                 if piece.name in collected:
                     collected[piece.name].append(piece.tensor)
+        for name in wanted:
+            if not collected[name]:  # no rows, so no pieces
+                spec = self.specs[name]
+                collected[name].append(torch.empty(spec.shape, dtype=torch_dtype(spec.dtype)))
         return {
             name: pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             for name, pieces in collected.items()

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cq.core.errors import ResourceError
+
 if TYPE_CHECKING:
     import torch
 
@@ -105,8 +107,6 @@ def torch_dtype(name: str) -> torch.dtype:
     attribute = DTYPES[name].torch_name
     found = getattr(torch, attribute, None) if attribute else None
     if found is None:
-        from cq.core.errors import ResourceError
-
         raise ResourceError(
             f"this torch ({torch.__version__}) has no dtype for `{name}`",
             hint="install a newer torch, or leave tensors of this dtype untouched",
@@ -117,10 +117,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """The spec of a torch tensor."""
-    return TensorSpec(_name_by_torch(str(tensor.dtype)), tuple(tensor.shape))
-
-
-def _name_by_torch(text: str) -> str:
-    attribute = text.removeprefix("torch.")
-    return next(d.name for d in DTYPES.values() if d.torch_name == attribute)
+    """The spec of a torch tensor. A dtype that no file can hold keeps torch's name for it."""
+    attribute = str(tensor.dtype).removeprefix("torch.")
+    name = next((d.name for d in DTYPES.values() if d.torch_name == attribute), attribute)
+    return TensorSpec(name, tuple(tensor.shape))

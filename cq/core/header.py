@@ -117,7 +117,9 @@ def parse(raw: bytes, *, where: str, nbytes_file: int | None) -> Header:
                 else "leaves a gap before it"
             )
             raise _invalid(
-                where, f"tensor `{name}` {what} (starts at byte {entry.start}, expected {position})"
+                where,
+                f"tensor `{printable(name)}` {what}"
+                f" (starts at byte {entry.start}, expected {position})",
             )
         position = entry.end
     data_start = 8 + len(raw)
@@ -132,7 +134,7 @@ def parse(raw: bytes, *, where: str, nbytes_file: int | None) -> Header:
             last = next(n for n, e in entries.items() if data_start + e.end > nbytes_file)
             raise InputError(
                 f"`{where}` is truncated: {header.nbytes_file - nbytes_file} bytes are missing,"
-                f" from tensor `{last}` on",
+                f" from tensor `{printable(last)}` on",
                 where=where,
                 hint="download or copy the file again",
                 code="input.truncated",
@@ -158,18 +160,34 @@ def _load_json(raw: bytes, where: str) -> dict[str, object]:
     def no_constant(text: str) -> object:
         raise ValueError(f"`{text}` is not JSON")
 
+    def no_minus_zero(text: str) -> int:
+        if text == "-0":  # which safetensors does not take for a size
+            raise ValueError("`-0` is not a size")
+        return int(text)
+
     if not raw.startswith(b"{"):
         raise _invalid(where, "its header does not begin with `{`")
     try:
         text = raw.decode("utf-8")
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        document = json.loads(
+            text, object_pairs_hook=unique, parse_constant=no_constant, parse_int=no_minus_zero
+        )
         if repeated:
             raise _invalid(where, f"`{printable(repeated[0])}` is in the header twice")
-        "".join(document).encode("utf-8")  # a lone surrogate escape parses, but is not text
+        _all_text(document)
     except (UnicodeError, ValueError, RecursionError) as error:
         raise _invalid(where, f"its header is not JSON ({printable(str(error))})") from error
     assert isinstance(document, dict)  # it begins with `{`
     return document
+
+
+def _all_text(document: dict[str, object]) -> None:
+    # A lone surrogate escape parses, but is not text. Raises: UnicodeEncodeError.
+    words = list(document)
+    metadata = document.get("__metadata__")
+    if isinstance(metadata, dict):
+        words += [word for item in metadata.items() for word in item if isinstance(word, str)]
+    "".join(words).encode("utf-8")
 
 
 def _entry(name: str, value: object, where: str) -> Entry:
@@ -207,6 +225,11 @@ def _invalid(where: str, what: str) -> InputError:
     return InputError(
         f"`{where}` is not a valid safetensors file: {what}", where=where, code="input.header"
     )
+
+
+def as_text(name: str) -> str:
+    """A file name as text that JSON can hold; bytes of it that are not UTF-8 become `?` signs."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def printable(text: str, limit: int = 200) -> str:

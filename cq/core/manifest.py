@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Mapping
@@ -19,8 +20,14 @@ import orjson
 from cq.core import catalog
 from cq.core.checkpoint import Checkpoint, Stage, from_source
 from cq.core.errors import InputError, UsageError
-from cq.core.header import printable
-from cq.core.source import check_fingerprint, open_source, open_stream, unreadable
+from cq.core.header import as_text, printable
+from cq.core.source import (
+    check_fingerprint,
+    not_a_name,
+    open_source,
+    open_stream,
+    unreadable,
+)
 from cq.version import VERSION
 
 MANIFEST_VERSION = 1
@@ -45,13 +52,22 @@ def document(checkpoint: Checkpoint) -> dict[str, Any]:
                 code="usage.stdin_bytes",
             )
         sources.append({"path": str(source.path.resolve()), **source.fingerprint()})
-    return {
+    found = {
         "cq": MANIFEST_VERSION,
         "kind": "checkpoint",
         "source": sources,
         "stages": [stage_document(stage) for stage in checkpoint.stages],
         **checkpoint.extra,
     }
+    try:
+        orjson.dumps(found)
+    except TypeError as error:
+        raise UsageError(
+            "a file's name is not UTF-8 text, so it cannot be named in a manifest",
+            hint="rename the file, or write the result with `-o FILE` in the same step",
+            code="usage.path",
+        ) from error
+    return found
 
 
 def stage_document(stage: Stage) -> dict[str, Any]:
@@ -74,9 +90,8 @@ def work_digest(checkpoint: Checkpoint) -> str:
         "sources": [source.fingerprint() for source in checkpoint.sources],
         "stages": [stage_document(stage) for stage in checkpoint.stages],
     }
-    return (
-        "sha256:" + hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    )
+    # The standard library's JSON, which can say file names that are not text.
+    return "sha256:" + hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def history(checkpoint: Checkpoint) -> str:
@@ -91,7 +106,7 @@ def history(checkpoint: Checkpoint) -> str:
     for source in checkpoint.sources:
         earlier = _earlier_history(source.metadata)
         if earlier is None:
-            sources.append({"name": source.path.name, **source.fingerprint()})
+            sources.append({"name": as_text(source.path.name), **source.fingerprint()})
         else:
             sources += earlier["sources"]
             stages += earlier["stages"]
@@ -104,7 +119,8 @@ def history(checkpoint: Checkpoint) -> str:
 def _earlier_history(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     try:
         record = orjson.loads(metadata.get(HISTORY_KEY, ""))
-    except orjson.JSONDecodeError:
+        orjson.dumps(record)  # it reads deeper nesting than it writes
+    except (orjson.JSONDecodeError, TypeError):
         return None
     if isinstance(record, dict) and all(
         isinstance(record.get(key), list) for key in ("sources", "stages")
@@ -115,12 +131,10 @@ def _earlier_history(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def _short_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {
-            ("name" if k == "path" else k): (Path(v).name if k == "path" else _short_paths(v))
-            for k, v in value.items()
-        }
+        short = {key: _short_paths(item) for key, item in value.items() if key != "path"}
+        return short | ({"name": as_text(Path(value["path"]).name)} if "path" in value else {})
     if isinstance(value, list):
-        return [_short_paths(v) for v in value]
+        return [_short_paths(item) for item in value]
     return value
 
 
@@ -142,12 +156,12 @@ def load(raw: bytes, *, where: str) -> Checkpoint:
         ) from error
     if not isinstance(found, dict) or "cq" not in found:
         raise _not_a_manifest(where, "it has no `cq` version")
-    if found["cq"] != MANIFEST_VERSION:
+    if type(found["cq"]) is not int or found["cq"] != MANIFEST_VERSION:
         raise InputError(
             f"`{where}` is a manifest of version `{printable(str(found['cq']))}`;"
             f" this cq reads version {MANIFEST_VERSION}",
             where=where,
-            hint="install a newer cq",
+            hint="make the manifest again, or install the cq that made it",
             code="input.manifest_version",
         )
     if found.get("kind") != "checkpoint":
@@ -195,18 +209,29 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     shown = os.fspath(path)
     resolved = Path(shown)
     if not os.path.isdir(resolved) and not resolved.name.endswith(".index.json"):
-        try:
-            with resolved.open("rb") as file:
-                if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):  # as in `<(cq merge …)`
-                    return open_checkpoint_stream(file, where=shown)
-                if _is_manifest(file.read(9)):
-                    file.seek(0)
-                    return load(file.read(_MAX_MANIFEST_BYTES), where=shown)
-        except OSError as error:
-            raise unreadable(shown, error) from error
-        except ValueError:
-            pass  # a NUL in the name, which `open_source` reports
+        with _opened(resolved, shown) as file:
+            if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):  # as in `<(cq merge …)`
+                return open_checkpoint_stream(file, where=shown)
+            raw = _read(file, 9, shown)
+            if _is_manifest(raw):
+                return load(raw + _read(file, _MAX_MANIFEST_BYTES, shown), where=shown)
     return from_source(open_source(resolved))
+
+
+def _opened(path: Path, shown: str) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise unreadable(shown, error) from error
+    except ValueError as error:  # a NUL in the name
+        raise not_a_name(shown) from error
+
+
+def _read(file: IO[bytes], nbytes: int, shown: str) -> bytes:
+    try:
+        return file.read(nbytes)
+    except OSError as error:
+        raise unreadable(shown, error) from error
 
 
 def open_checkpoint_stream(stream: IO[bytes], *, where: str = "stdin") -> Checkpoint:

@@ -64,7 +64,7 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     rows, features = weight.shape
-    out = torch.empty_like(weight)
+    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     step = max(1, _BLOCK_ELEMENTS // features)
     for start in range(0, rows, step):
         block, target = weight[start : start + step], out[start : start + step]
@@ -87,4 +87,4 @@ def unrotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     rows, features = weight.shape
-    return torch.matmul(weight.view(rows, -1, group), hadamard(group)).view(rows, features)
+    return torch.matmul(weight.reshape(rows, -1, group), hadamard(group)).view(rows, features)

@@ -27,7 +27,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(
                 f"`{pattern}` is not a regular expression: {error}", code="usage.pattern"
             ) from error

@@ -8,12 +8,14 @@ that a crash cut off is resumed when the same work (equal digest) is asked for a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
 import threading
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol
@@ -78,7 +80,7 @@ class _OpenFile:
             )
             if got == 0:
                 raise InputError(
-                    f"`{extent.file.shown}` ends inside tensor `{name}`:"
+                    f"`{extent.file.shown}` ends inside tensor `{header.printable(name)}`:"
                     " it was cut while cq was reading it",
                     where=extent.file.shown,
                     hint="restore the file and run the command again",
@@ -128,8 +130,7 @@ class FileSink(_OpenFile):
         self.shown = str(target)
         # Through a link the file behind it is replaced, not the link.
         self.target = Path(os.path.realpath(target))
-        self.partial = self.target.with_name(self.target.name + ".partial")
-        self.journal = self.target.with_name(self.target.name + ".partial.journal")
+        self.partial, self.journal = _working_files(target)
         self._force, self._restart = force, restart
         self._parts = len(checkpoint.parts)
         check_target(checkpoint, target, force=force)
@@ -150,8 +151,8 @@ class FileSink(_OpenFile):
             if not self._resume():
                 self._start()
         except BaseException as error:
-            keep = isinstance(error, PlanError)  # somebody else's partial file
-            self._leave(remove=not keep)
+            # Of a PlanError the partial file is somebody else's; of Ctrl-C it is to be resumed.
+            self._leave(remove=not isinstance(error, PlanError | KeyboardInterrupt))
             raise
         return self
 
@@ -172,19 +173,29 @@ class FileSink(_OpenFile):
             return False
 
     def _resume(self) -> bool:
-        found = read_journal(self.journal)
-        if found is None or os.fstat(self.fd).st_size == 0:
+        size = os.fstat(self.fd).st_size
+        if self._restart or size == 0:
             return False
-        digest, finished = found
-        if self._restart:
-            return False
-        if digest != self._digest or os.fstat(self.fd).st_size != self.header.nbytes_file:
+        if not self.journal.exists():
+            # Ours has had a journal since before it had a byte; browsers name downloads so, too.
+            raise PlanError(
+                f"`{self.partial}` is in the way, and it is not cq's",
+                where=str(self.partial),
+                hint="move it away, or add `--restart` to discard it",
+                code="plan.other_partial",
+            )
+        digest, finished = read_journal(self.journal) or (self._digest, set())
+        # Cut off while its space was being reserved, it holds nothing yet.
+        whole = size == self.header.nbytes_file or not finished
+        if digest != self._digest or not whole:
             raise PlanError(
                 f"`{self.partial}` holds unfinished work of another command",
                 where=str(self.partial),
                 hint="run that command again to finish it, or add `--restart` to discard it",
                 code="plan.other_partial",
             )
+        if not finished:
+            return False
         self.finished = {index for index in finished if index < self._parts}
         files.write_at(self.fd, memoryview(self.head), 0)  # a power loss may have taken it
         self._open_journal(os.O_APPEND)
@@ -193,25 +204,29 @@ class FileSink(_OpenFile):
     def _start(self) -> None:
         try:
             os.ftruncate(self.fd, 0)
+            self._open_journal(os.O_TRUNC)
             files.reserve(self.fd, self.header.nbytes_file)
             files.write_at(self.fd, memoryview(self.head), 0)
         except OSError as error:
             raise _no_room(self.shown, self.header.nbytes_file, error) from error
-        self._open_journal(os.O_TRUNC)
 
     def _open_journal(self, mode: int) -> None:
         self._journal_fd = os.open(self.journal, files.WRITE_FLAGS | mode, 0o666)
-        # The leading newline closes a line that a crash may have torn.
+        # The first newline ends a line that a crash may have torn.
         line = orjson.dumps({"cq": 1, "digest": self._digest, "boot": files.boot_id()})
-        os.write(self._journal_fd, b"\n" + line + b"\n")
+        self._note(b"\n" + line + b"\n")
+
+    def _note(self, line: bytes) -> None:
+        if os.write(self._journal_fd, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def part_done(self, index: int) -> None:
         with self._lock:
             super().part_done(index)
-            os.write(self._journal_fd, b"done %d\n" % index)
+            self._note(b"done %d\n" % index)
             if time.monotonic() - self._synced_at > _SYNC_SECONDS:
                 os.fsync(self.fd)
-                os.write(self._journal_fd, b"synced\n")
+                self._note(b"synced\n")
                 os.fsync(self._journal_fd)
                 self._synced_at = time.monotonic()
 
@@ -261,6 +276,19 @@ class FileSink(_OpenFile):
         self._journal_fd = self.fd = -1
 
 
+def _working_files(target: Path) -> tuple[Path, Path]:
+    """The partial file and the journal of an output."""
+    real = Path(os.path.realpath(target))
+    return real.with_name(real.name + ".partial"), real.with_name(real.name + ".partial.journal")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
     """Check, before any work, that `target` may be written.
 
@@ -268,14 +296,16 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
     ResourceError if its directory is missing.
     """
     shown = str(target)
-    source = next((f for f in checkpoint.inputs if f.same_file(target)), None)
-    if source is not None:
-        raise PlanError(
-            f"`{shown}` is the input itself",
-            where=shown,
-            hint="choose another output; cq never overwrites what it reads",
-            code="plan.output_is_input",
-        )
+    for path in (target, *_working_files(target)):
+        if any(file.same_file(path) for file in checkpoint.inputs) or any(
+            _same_file(source.path, path) for source in checkpoint.sources
+        ):
+            raise PlanError(
+                f"`{path}` is an input, and writing `{shown}` would overwrite it",
+                where=shown,
+                hint="choose another output; cq never overwrites what it reads",
+                code="plan.output_is_input",
+            )
     if os.path.exists(target) and not os.path.isfile(target):  # never raises, whatever the name
         raise PlanError(
             f"`{shown}` is not a regular file",
@@ -307,7 +337,9 @@ def read_journal(path: Path) -> tuple[str, set[int]] | None:
     boot: str | None = None
     synced: set[int] = set()
     fresh: set[int] = set()
-    for line in lines[:-1]:
+    for line, after in pairwise(lines):
+        if after.startswith(b"{"):
+            continue  # torn: a run that resumes leaves an empty line after one that was whole
         if line.startswith(b"{"):
             try:
                 record = orjson.loads(line)

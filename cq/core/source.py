@@ -31,7 +31,7 @@ INDEX_SUFFIX = ".safetensors.index.json"
 FINGERPRINT = ("nbytes", "header", "sample")
 _SAMPLES = 64
 _SAMPLE_BYTES = 1024
-_CUT_ELEMENTS = 1 << 18
+_CUT_ELEMENTS = 1 << 20
 _CUT_ROWS = 128  # the tallest tile of any storage format, so that a cut never splits one
 
 
@@ -73,9 +73,7 @@ class SourceFile:
         except OSError as error:
             raise unreadable(self.shown, error) from error
         except ValueError as error:  # a NUL in the name
-            raise InputError(
-                f"`{headers.printable(self.shown)}` is not a file name", code="input.missing"
-            ) from error
+            raise not_a_name(self.shown) from error
         try:
             stat = os.fstat(self._fd)
             self.nbytes = stat.st_size
@@ -130,7 +128,7 @@ class SourceFile:
                 raise unreadable(self.shown, error) from error
             if got == 0:
                 raise InputError(
-                    f"`{self.shown}` ends inside tensor `{tensor}`:"
+                    f"`{self.shown}` ends inside tensor `{headers.printable(tensor)}`:"
                     " it was cut while cq was reading it",
                     where=self.shown,
                     hint="restore the file and run the command again",
@@ -172,6 +170,11 @@ class SourceFile:
             "header": self.header_digest,
             "sample": "sha256:" + sample.hexdigest(),
         }
+
+
+def not_a_name(shown: str) -> InputError:
+    """The error for text that cannot be the name of a file."""
+    return InputError(f"`{headers.printable(shown)}` is not a file name", code="input.missing")
 
 
 def unreadable(shown: str, error: OSError) -> InputError:

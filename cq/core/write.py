@@ -12,6 +12,7 @@ from typing import IO, Any
 from cq.core import manifest
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine import local
+from cq.core.header import as_text
 from cq.core.sink import FileSink, Sink, StreamSink
 
 
@@ -30,7 +31,7 @@ class Written:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
         return {
-            "path": str(self.path.resolve()),
+            "path": as_text(str(self.path.resolve())),
             "nbytes": self.nbytes,
             "seconds": round(self.seconds, 3),
             "parts": self.parts,

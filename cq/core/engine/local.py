@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cq.core.checkpoint import Part, Piece
-from cq.core.dtypes import TensorSpec
+from cq.core.dtypes import TensorSpec, spec_of
+from cq.core.engine import memory
 from cq.core.errors import InternalError, ResourceError
-
-_LIBRARY_BYTES = 300 << 20  # torch and the interpreter themselves
 
 
 class Progress(NamedTuple):
@@ -80,11 +79,11 @@ def run(
     Raises: the first error of any worker, after the others have stopped; ResourceError before any
     work if a part alone exceeds the budget; KeyboardInterrupt after an orderly stop.
     """
-    limit = settings.memory_limit or default_memory_limit()
+    limit = settings.memory_limit or memory.default_limit()
     largest = max((part for part in parts), key=lambda p: p.nbytes_peak, default=None)
     if largest is not None and largest.nbytes_peak > limit:
         raise ResourceError(
-            f"layer `{largest.name}` needs {largest.nbytes_peak >> 20} MiB,"
+            f"layer `{largest.name}` needs {-(-largest.nbytes_peak >> 20)} MiB,"
             f" over the memory limit of {limit >> 20} MiB",
             hint="raise `--memory-limit`",
             code="resource.memory",
@@ -192,8 +191,6 @@ def checked(part: Part) -> Iterator[Piece]:
 
     Raises: InternalError naming the tensor; a broken promise is a bug, never a file.
     """
-    from cq.core.dtypes import spec_of
-
     rows_done = dict.fromkeys(part.tensors, 0)
     for piece in part.produce():
         spec = part.tensors.get(piece.name)
@@ -238,20 +235,3 @@ def default_workers() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def default_memory_limit() -> int:
-    """Half of the memory that is free now, less torch itself, in bytes; at least 256 MiB."""
-    return max(256 << 20, (free_memory() - _LIBRARY_BYTES) // 2)
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be taken without swapping; 4 GiB where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as info:  # noqa: PTH123 - not a real file
-            for line in info:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return 4 << 30
