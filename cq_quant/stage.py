@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 ROTATIONS = ("auto", "off", "256", "64", "16")
-# float32 rows, their rotation, the scaled copy and codes, and the magnitudes behind the scales
-_BYTES_PER_ELEMENT = 4 + 4 + 4 + 4 + 1
+# float32 rows, the two steps of their rotation, the scaled copy, and codes twice: the segment
+# before is still in the hands of the writer
+_BYTES_PER_ELEMENT = 4 + 4 + 4 + 4 + 1 + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,26 +162,27 @@ class _Layer:
         grid = self.format.grid(self.scaling)
         shared = self._shared_scales(grid) if grid.scaling == "tensor" else None
         found: list[torch.Tensor] = []
-        for start, rows in self._rows():
-            codes, scales = self.optimizer.fit(rows, grid, shared)
+        for piece in self.source.pieces(self.layer + comfy.WEIGHT):
+            codes, scales = self.optimizer.fit(self._rows(piece), grid, shared)
             if shared is None:
                 self._check_finite(scales)
             found.append(scales)
-            yield Piece(self.layer + comfy.WEIGHT, start, self.format.pack(codes))
+            yield Piece(piece.name, piece.start, self.format.pack(codes))
         scales = shared if shared is not None else torch.cat(found)
         for name, tensor in self.format.pack_scales(scales).items():
             yield Piece(f"{self.layer}.{name}", 0, tensor)
 
-    def _rows(self) -> Iterator[tuple[int, torch.Tensor]]:
-        for piece in self.source.pieces(self.layer + comfy.WEIGHT):
-            rows = piece.tensor.float()
-            yield piece.start, rows if self.group is None else rotation.rotate(rows, self.group)
+    def _rows(self, piece: Piece) -> torch.Tensor:
+        """The piece's rows in float32, in the basis that is rounded in."""
+        rows = piece.tensor.float()
+        return rows if self.group is None else rotation.rotate(rows, self.group)
 
     def _shared_scales(self, grid: Grid) -> torch.Tensor:
         import torch
 
         # A scale for all rows needs all rows first: the layer is read twice, never held.
-        largest = torch.stack([grid.absmax(rows) for _, rows in self._rows()]).amax(0)
+        pieces = self.source.pieces(self.layer + comfy.WEIGHT)
+        largest = torch.stack([grid.absmax(self._rows(piece)) for piece in pieces]).amax(0)
         scales = grid.scales(largest)
         self._check_finite(scales)
         return scales

@@ -8,6 +8,7 @@ import os
 import random
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from cq.core import files, sink
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine.local import Progress, Settings
 from cq.core.errors import CqError, InternalError, PlanError, ResourceError
-from cq.core.sink import FileSink, StreamSink, nbytes_file, read_journal
+from cq.core.journal import Journal, read_journal
+from cq.core.sink import FileSink, StreamSink, nbytes_file
 from cq.core.write import fill, stream
 
 
@@ -419,11 +421,11 @@ def test_sink_keeps_work_when_ctrl_c_comes_while_it_resumes(
     work = Work()
     killed(work.checkpoint, out, 0, 1, 2)
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(FileSink, "_open_journal", interrupt)
+        patch.setattr(Journal, "begin", interrupt)
         cq.write(work.checkpoint, out)
     assert left(out) == ["out.safetensors.partial", "out.safetensors.partial.journal"]
     assert cq.write(work.checkpoint, out).parts_resumed == 3
@@ -537,16 +539,16 @@ def test_journal_of_this_boot_counts(journal: Callable[..., Any]) -> None:
     assert journal(head("now") + b"done 0\ndone 12\n") == ("d", {0, 12})
 
 
-def test_journal_of_another_boot_counts_what_was_synced(journal: Callable[..., Any]) -> None:
-    text = head("before") + b"done 0\ndone 1\nsynced\ndone 2\n"
+def test_journal_of_another_boot_counts_what_was_safe(journal: Callable[..., Any]) -> None:
+    text = head("before") + b"done 0\ndone 1\nsafe 0\nsafe 1\ndone 2\n"
     assert journal(text) == ("d", {0, 1})
     assert journal(text + head("now") + b"done 3\n") == ("d", {0, 1, 3})
-    assert journal(text + head("before") + b"done 3\nsynced\n") == ("d", {0, 1, 2, 3})
+    assert journal(text + head("before") + b"done 3\nsafe 3\n") == ("d", {0, 1, 3})
     assert journal(head("now") + b"done 7\n" + head("before") + b"done 8\n") == ("d", set())
 
 
-def test_journal_without_boot_ids_counts_what_was_synced(journal: Callable[..., Any]) -> None:
-    text = b'\n{"cq":1,"digest":"d","boot":null}\ndone 0\nsynced\ndone 1\n'
+def test_journal_without_boot_ids_counts_what_was_safe(journal: Callable[..., Any]) -> None:
+    text = b'\n{"cq":1,"digest":"d","boot":null}\ndone 0\nsafe 0\ndone 1\n'
     assert journal(text, boot=None) == ("d", {0})
 
 
@@ -578,11 +580,18 @@ def test_journal_that_is_missing_says_nothing(tmp_path: Path) -> None:
 
 def test_sink_syncs_parts_now_and_then(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a power loss may not take is said in the journal, and only after the data is safe."""
-    monkeypatch.setattr(sink, "_SYNC_SECONDS", -1.0)
+    monkeypatch.setattr(sink, "_SYNC_SECONDS", 0.01)
     work = Work()
-    killed(work.checkpoint, out, 0, 1)
-    text = out.with_name(out.name + ".partial.journal").read_bytes()
-    assert text.endswith(b"done 0\nsynced\ndone 1\nsynced\n")
+    journal = out.with_name(out.name + ".partial.journal")
+    with pytest.raises(KeyboardInterrupt), FileSink(work.checkpoint, out) as half:
+        for index in (0, 1):
+            put(half, work.checkpoint, index)
+        deadline = time.monotonic() + 30
+        while b"safe 1\n" not in journal.read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    text = journal.read_bytes()
+    assert [text.index(b"done %d\n" % i) < text.index(b"safe %d\n" % i) for i in (0, 1)]
     monkeypatch.setattr(files, "boot_id", lambda: "after the power came back")
     assert cq.write(work.checkpoint, out).parts_resumed == 2
 

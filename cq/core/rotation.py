@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 GROUPS = (256, 64, 16)  # what ComfyUI's fused kernels serve; each a power of 4, largest first
-_BLOCK_ELEMENTS = 1 << 18  # the working set of one step stays in a core's cache
 
 
 def group_for(in_features: int, largest: int) -> int | None:
@@ -63,18 +62,11 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     """
     import torch
 
-    rows, features = weight.shape
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    step = max(1, _BLOCK_ELEMENTS // features)
-    for start in range(0, rows, step):
-        block, target = weight[start : start + step], out[start : start + step]
-        if group == 256:
-            h16 = hadamard(16)
-            tiles = torch.mm(block.reshape(-1, 16), h16).view(-1, 16, 16)
-            torch.matmul(h16, tiles, out=target.view(-1, 16, 16))
-        else:
-            torch.mm(block.reshape(-1, group), hadamard(group), out=target.view(-1, group))
-    return out
+    if group != 256:
+        return torch.mm(weight.reshape(-1, group), hadamard(group)).view(weight.shape)
+    h16 = hadamard(16)
+    tiles = torch.mm(weight.reshape(-1, 16), h16).view(-1, 16, 16)
+    return torch.matmul(h16, tiles).view(weight.shape)
 
 
 def unrotate(weight: torch.Tensor, group: int) -> torch.Tensor:

@@ -1,36 +1,32 @@
 """Where a checkpoint becomes a file: laid out, reserved, filled in any order, journalled,
 committed.
 
-Owns `OUT.partial` and `OUT.partial.journal`. The final name only ever holds a complete file: a
-laid-out but unfilled safetensors file is valid and reads as zeros, so no name may show one. Work
-that a crash cut off is resumed when the same work (equal digest) is asked for again.
+Owns `OUT.partial`; `cq.core.journal` owns the journal beside it. The final name only ever holds a
+complete file: a laid-out but unfilled safetensors file is valid and reads as zeros, so no name may
+show one. Work that a crash cut off is resumed when the same work (equal digest) is asked for again.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import tempfile
 import threading
-import time
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Protocol
-
-import orjson
 
 from cq.core import files, header, manifest
 from cq.core.checkpoint import Checkpoint, Extent, Piece
 from cq.core.errors import CqError, InputError, InternalError, PlanError, ResourceError
 from cq.core.header import Header
+from cq.core.journal import Journal, read_journal
 
 if TYPE_CHECKING:
     import torch
 
-_SYNC_SECONDS = 15.0
+_SYNC_SECONDS = 0.25
 
 
 class Sink(Protocol):
@@ -130,16 +126,19 @@ class FileSink(_OpenFile):
         self.shown = str(target)
         # Through a link the file behind it is replaced, not the link.
         self.target = Path(os.path.realpath(target))
-        self.partial, self.journal = _working_files(target)
+        self.partial, journal = _working_files(target)
+        self.journal = Journal(journal)
         self._force, self._restart = force, restart
         self._parts = len(checkpoint.parts)
         check_target(checkpoint, target, force=force)
         self._digest = hashlib.sha256(
             (manifest.work_digest(checkpoint) + "\n").encode() + self.head
         ).hexdigest()
-        self._journal_fd = -1
         self._lock = threading.Lock()
-        self._synced_at = time.monotonic()
+        self._unsafe: list[int] = []
+        self._closing = threading.Event()
+        self._syncer = threading.Thread(target=self._sync_behind, name="cq-sync", daemon=True)
+        self._sync_error: OSError | None = None
 
     def __enter__(self) -> FileSink:
         try:
@@ -150,6 +149,7 @@ class FileSink(_OpenFile):
             self._claim()
             if not self._resume():
                 self._start()
+            self._syncer.start()
         except BaseException as error:
             # Of a PlanError the partial file is somebody else's; of Ctrl-C it is to be resumed.
             self._leave(remove=not isinstance(error, PlanError | KeyboardInterrupt))
@@ -176,7 +176,7 @@ class FileSink(_OpenFile):
         size = os.fstat(self.fd).st_size
         if self._restart or size == 0:
             return False
-        if not self.journal.exists():
+        if not self.journal.path.exists():
             # Ours has had a journal since before it had a byte; browsers name downloads so, too.
             raise PlanError(
                 f"`{self.partial}` is in the way, and it is not cq's",
@@ -184,7 +184,7 @@ class FileSink(_OpenFile):
                 hint="move it away, or add `--restart` to discard it",
                 code="plan.other_partial",
             )
-        digest, finished = read_journal(self.journal) or (self._digest, set())
+        digest, finished = read_journal(self.journal.path) or (self._digest, set())
         # Cut off while its space was being reserved, it holds nothing yet.
         whole = size == self.header.nbytes_file or not finished
         if digest != self._digest or not whole:
@@ -198,37 +198,36 @@ class FileSink(_OpenFile):
             return False
         self.finished = {index for index in finished if index < self._parts}
         files.write_at(self.fd, memoryview(self.head), 0)  # a power loss may have taken it
-        self._open_journal(os.O_APPEND)
+        self.journal.begin(self._digest, go_on=True)
         return True
 
     def _start(self) -> None:
         try:
             os.ftruncate(self.fd, 0)
-            self._open_journal(os.O_TRUNC)
+            self.journal.begin(self._digest, go_on=False)
             files.reserve(self.fd, self.header.nbytes_file)
             files.write_at(self.fd, memoryview(self.head), 0)
         except OSError as error:
             raise _no_room(self.shown, self.header.nbytes_file, error) from error
 
-    def _open_journal(self, mode: int) -> None:
-        self._journal_fd = os.open(self.journal, files.WRITE_FLAGS | mode, 0o666)
-        # The first newline ends a line that a crash may have torn.
-        line = orjson.dumps({"cq": 1, "digest": self._digest, "boot": files.boot_id()})
-        self._note(b"\n" + line + b"\n")
-
-    def _note(self, line: bytes) -> None:
-        if os.write(self._journal_fd, line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     def part_done(self, index: int) -> None:
         with self._lock:
             super().part_done(index)
-            self._note(b"done %d\n" % index)
-            if time.monotonic() - self._synced_at > _SYNC_SECONDS:
-                os.fsync(self.fd)
-                self._note(b"synced\n")
-                os.fsync(self._journal_fd)
-                self._synced_at = time.monotonic()
+            self.journal.part_done(index)
+            self._unsafe.append(index)
+
+    def _sync_behind(self) -> None:
+        # The disk works while the parts are computed, and the last sync has little left to do.
+        try:
+            while not self._closing.wait(_SYNC_SECONDS):
+                with self._lock:
+                    written, self._unsafe = self._unsafe, []
+                if written:
+                    os.fsync(self.fd)
+                    with self._lock:
+                        self.journal.parts_safe(written)
+        except OSError as error:
+            self._sync_error = error
 
     def __exit__(
         self,
@@ -236,11 +235,12 @@ class FileSink(_OpenFile):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stop_syncing()
         if kind is None:
             try:
                 self._commit()
-            except BaseException:
-                self._leave(remove=True)
+            except BaseException as failure:
+                self._leave(remove=not isinstance(failure, KeyboardInterrupt))
                 raise
         else:
             self._leave(remove=not issubclass(kind, KeyboardInterrupt))
@@ -251,6 +251,8 @@ class FileSink(_OpenFile):
         if len(self.finished) != self._parts:
             raise InternalError(f"{self._parts - len(self.finished)} parts were never written")
         try:
+            if self._sync_error is not None:
+                raise self._sync_error
             os.fsync(self.fd)
             if self.target.exists() and not self._force:
                 raise _exists(self.shown)
@@ -259,21 +261,26 @@ class FileSink(_OpenFile):
             raise _unwritable(self.shown, error) from error
         files.sync_directory(self.target.parent)
         self._close()
-        with suppress(OSError):
-            self.journal.unlink(missing_ok=True)
+        self.journal.remove()
 
     def _leave(self, *, remove: bool) -> None:
         if remove:
-            for path in (self.journal, self.partial):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
+            self.journal.remove()
+            with suppress(OSError):
+                self.partial.unlink(missing_ok=True)
         self._close()
 
+    def _stop_syncing(self) -> None:
+        self._closing.set()
+        if self._syncer.is_alive():
+            self._syncer.join()
+
     def _close(self) -> None:
-        for fd in (self._journal_fd, self.fd):
-            if fd >= 0:
-                os.close(fd)
-        self._journal_fd = self.fd = -1
+        self._stop_syncing()
+        self.journal.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def _working_files(target: Path) -> tuple[Path, Path]:
@@ -320,42 +327,6 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
         raise ResourceError(
             f"the directory `{parent}` does not exist", where=shown, code="resource.directory"
         )
-
-
-def read_journal(path: Path) -> tuple[str, set[int]] | None:
-    """The digest and the finished parts that a journal vouches for, or None if it says nothing.
-
-    Parts finished since the present boot count; of earlier boots only what was synced, as a power
-    loss may have kept the journal's line and lost the data. Torn lines are ignored.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return None
-    boot_now = files.boot_id()
-    digest: str | None = None
-    boot: str | None = None
-    synced: set[int] = set()
-    fresh: set[int] = set()
-    for line, after in pairwise(lines):
-        if after.startswith(b"{"):
-            continue  # torn: a run that resumes leaves an empty line after one that was whole
-        if line.startswith(b"{"):
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                continue
-            if boot_now is None or boot != record.get("boot"):
-                fresh.clear()
-            digest, boot = record.get("digest"), record.get("boot")
-        elif line.startswith(b"done ") and line[5:].isdigit():
-            fresh.add(int(line[5:]))
-        elif line == b"synced":
-            synced |= fresh
-    if digest is None:
-        return None
-    trusted = fresh if boot_now is not None and boot == boot_now else set()
-    return digest, synced | trusted
 
 
 class StreamSink(_OpenFile):
