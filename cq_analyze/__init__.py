@@ -10,7 +10,20 @@ Is a quantized file what ComfyUI expects, and how near is it to the weights that
 
 from __future__ import annotations
 
-from cq_analyze.report import Finding, Report
-from cq_analyze.verify import verify
+from typing import TYPE_CHECKING
+
+from cq.core.lazy import exports
+
+if TYPE_CHECKING:
+    from cq_analyze.report import Finding, Report
+    from cq_analyze.verification import verify
 
 __all__ = ["Finding", "Report", "verify"]
+__getattr__ = exports(
+    __name__,
+    {
+        "Finding": "cq_analyze.report",
+        "Report": "cq_analyze.report",
+        "verify": "cq_analyze.verification",
+    },
+)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cq.cli import options
 from cq.cli.output import size
 from cq.core.errors import UsageError
-from cq_analyze.metrics import Sums
-from cq_analyze.report import Gate, Report
-from cq_analyze.verify import verify as verify_checkpoint
+
+if TYPE_CHECKING:
+    from cq_analyze.metrics import Sums
+    from cq_analyze.report import Gate, Report
 
 _SHOWN_FAILURES = 10
 
@@ -61,6 +62,8 @@ def register(app: typer.Typer) -> None:
           cq verify out.safetensors --against flux.safetensors --min-sqnr 28
           cq quant flux.safetensors --defer | cq verify --against flux.safetensors
         """
+        from cq_analyze.verification import verify as verify_checkpoint
+
         here = options.terminal()
         if against == "-" and quantized in {None, "-"}:
             raise UsageError("stdin cannot be both the checkpoint and the reference")

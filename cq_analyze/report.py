@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cq.core.dtypes import TensorSpec
-from cq.core.header import printable
+from cq.core.text import printable
 from cq_analyze.metrics import Sums, finite, pooled
 
 WORST_LAYERS = 10

@@ -21,7 +21,7 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Format
-from cq.core.header import printable
+from cq.core.text import printable
 from cq_analyze.report import Finding, finding, natural
 
 _MAX_MARKER_BYTES = 1 << 20

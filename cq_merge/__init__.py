@@ -8,6 +8,18 @@
 
 from __future__ import annotations
 
-from cq_merge.stage import MergeStage, merge
+from typing import TYPE_CHECKING
+
+from cq.core.lazy import exports
+
+if TYPE_CHECKING:
+    from cq_merge.stage import MergeStage, merge
 
 __all__ = ["MergeStage", "merge"]
+__getattr__ = exports(
+    __name__,
+    {
+        "MergeStage": "cq_merge.stage",
+        "merge": "cq_merge.stage",
+    },
+)

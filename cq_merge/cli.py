@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from cq.cli import options
-from cq.cli.deliver import Delivery, deliver
-from cq_merge import merge as merge_adapters
 
 _COLUMNS = ("adapter", "kind", "rank>", "alpha>", "strength>", "layers>", "unmatched>")
 
@@ -57,6 +55,9 @@ def register(app: typer.Typer) -> None:
           cq merge flux.safetensors style.safetensors:0.8 -o merged.safetensors cq merge
           flux.safetensors style.safetensors hero.safetensors:0.6 | cq quant -o out.safetensors
         """
+        from cq.cli.deliver import Delivery, deliver
+        from cq_merge import merge as merge_adapters
+
         checkpoint = merge_adapters(
             options.open_input(base, what="BASE"),
             adapters,

@@ -10,8 +10,8 @@ import struct
 from typing import TYPE_CHECKING
 
 from cq.core.errors import InputError, PlanError
-from cq.core.header import printable
 from cq.core.source import Source
+from cq.core.text import printable
 
 if TYPE_CHECKING:
     import torch

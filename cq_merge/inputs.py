@@ -15,8 +15,8 @@ from typing import Any
 
 from cq.core import select
 from cq.core.errors import InputError, UsageError
-from cq.core.header import printable
 from cq.core.source import FINGERPRINT, Source, check_fingerprint, open_source
+from cq.core.text import printable
 
 _KEYS = ("path", "strength", *FINGERPRINT)
 

@@ -16,8 +16,8 @@ from cq.core import comfy, select
 from cq.core.checkpoint import Checkpoint, Part, Piece, Stage, narrowed
 from cq.core.dtypes import DTYPES, torch_dtype
 from cq.core.errors import InputError, PlanError, UsageError
-from cq.core.header import printable
 from cq.core.source import Source, largest_cut
+from cq.core.text import printable
 from cq_merge import adapters as kinds
 from cq_merge import factors, inputs
 from cq_merge.keys import Layers

@@ -7,7 +7,20 @@
 
 from __future__ import annotations
 
-from cq_quant.convert import convert_to_int8
-from cq_quant.stage import QuantStage, quantize
+from typing import TYPE_CHECKING
+
+from cq.core.lazy import exports
+
+if TYPE_CHECKING:
+    from cq_quant.convert import convert_to_int8
+    from cq_quant.stage import QuantStage, quantize
 
 __all__ = ["QuantStage", "convert_to_int8", "quantize"]
+__getattr__ = exports(
+    __name__,
+    {
+        "QuantStage": "cq_quant.stage",
+        "convert_to_int8": "cq_quant.convert",
+        "quantize": "cq_quant.stage",
+    },
+)

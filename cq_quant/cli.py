@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cq.cli import options
-from cq.cli.deliver import Delivery, deliver, folded
 from cq.cli.output import size
-from cq.core.checkpoint import Checkpoint
 from cq.core.errors import UsageError
-from cq_quant.stage import quantize
+
+if TYPE_CHECKING:
+    from cq.core.checkpoint import Checkpoint
 
 _COLUMNS = ("layers>", "layer", "becomes", "rotation>", "saves>", "reason")
 
@@ -79,6 +79,9 @@ def register(app: typer.Typer) -> None:
           cq merge flux.safetensors style.safetensors:0.8 | cq quant -o out.safetensors
           cq quant flux.safetensors --skip 'single_blocks.37.*' --dry-run
         """
+        from cq.cli.deliver import Delivery, deliver
+        from cq_quant.stage import quantize
+
         if defer and output is not None:
             raise UsageError("`--defer` writes no file, so it takes no `-o`")
         checkpoint = quantize(
@@ -126,6 +129,8 @@ def _say_notes(checkpoint: Checkpoint) -> None:
 
 
 def _rows(notes: Any) -> Iterator[tuple[str, ...]]:
+    from cq.cli.deliver import folded
+
     groups: dict[tuple[str, ...], list[Any]] = {}
     for note in notes:
         becomes = (

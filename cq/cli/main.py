@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -92,6 +91,8 @@ def _usage(error: Any) -> UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "cq"
     near: list[str] = list(getattr(error, "possibilities", None) or [])
+    import difflib
+
     unknown = getattr(error, "option_name", None)
     if unknown:
         message = f"`{path}` has no option `{unknown}`"

@@ -13,17 +13,17 @@ import functools
 import inspect
 import os
 import re
-import traceback
 from collections.abc import Callable
-from typing import Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
 from cq.cli.output import LostReader, Terminal
-from cq.core.checkpoint import Checkpoint
 from cq.core.errors import CqError, InternalError, Interrupted, UsageError
-from cq.core.manifest import open_checkpoint, open_checkpoint_stream
 from cq.version import VERSION
+
+if TYPE_CHECKING:
+    from cq.core.checkpoint import Checkpoint
 
 _current: contextvars.ContextVar[Terminal] = contextvars.ContextVar("terminal")
 
@@ -120,12 +120,12 @@ def guard(here: Terminal, body: Callable[[], int | None]) -> int:
         return Interrupted.exit_code
     except CqError as error:
         if here.debug:
-            here.say(traceback.format_exc())
+            here.traceback()
         here.error(_reportable(error))
         return error.exit_code
     except Exception as error:  # the last guard: a bug must not look like a finding
         if here.debug:
-            here.say(traceback.format_exc())
+            here.traceback()
         bug = InternalError(f"{type(error).__name__}: {error}")
         here.error(_reportable(bug))
         return bug.exit_code
@@ -156,6 +156,8 @@ def open_input(path: str | None, *, what: str = "MODEL") -> Checkpoint:
 
     Raises: UsageError rather than waiting for a person to type a checkpoint.
     """
+    from cq.core.manifest import open_checkpoint, open_checkpoint_stream
+
     here = terminal()
     if path is None:
         if not here.stdin_is_piped():

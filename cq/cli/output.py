@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -19,15 +19,15 @@ from typing import IO, TYPE_CHECKING, Any, TextIO, cast
 
 import orjson
 
-from cq.core.engine.local import Progress
 from cq.core.errors import CqError
-from cq.core.header import as_text
+from cq.core.text import as_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cq.core.engine.local import Progress
+
 _LINE_SECONDS = 30.0
-_PLAIN_WIDTH = 160
 
 
 class LostReader(CqError):
@@ -101,21 +101,30 @@ class Terminal:
         if error.hint:
             self._complain(f"\nhint: {error.hint}")
 
+    def traceback(self) -> None:
+        """Python's traceback of the exception being handled, for `--debug`."""
+        import traceback
+
+        self._complain(traceback.format_exc())
+
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table on stdout: drawn for a person, aligned plain text in a pipe.
+        """A table on stdout: drawn for a person, plain aligned text in a pipe.
 
-        A column whose name ends in `>` is aligned right.
+        In a pipe rich's start-up would be half of the command's time. A column whose name ends in
+        `>` is aligned right.
         """
+        right = [column.endswith(">") for column in columns]
+        names = [column.rstrip(">") for column in columns]
+        if not self.is_tty:
+            for line in _aligned([names, *rows], right):
+                self.data(line)
+            return
         from rich.table import Table
-
-        drawn = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-        for column in columns:
-            right = column.endswith(">")
-            drawn.add_column(
-                column.rstrip(">"), justify="right" if right else "left", overflow="fold"
-            )
         from rich.text import Text
 
+        drawn = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
+        for name, on_the_right in zip(names, right, strict=True):
+            drawn.add_column(name, justify="right" if on_the_right else "left", overflow="fold")
         for row in rows:
             drawn.add_row(*(Text(cell) for cell in row))
         self._console(self.stdout).print(drawn)
@@ -124,8 +133,7 @@ class Terminal:
     def _console(self, stream: IO[Any]) -> Console:
         from rich.console import Console
 
-        width = None if stream.isatty() else _PLAIN_WIDTH
-        return Console(file=stream, width=width, highlight=False, soft_wrap=False)
+        return Console(file=stream, highlight=False)
 
     def progress(self, what: str) -> ProgressReport:
         """Progress on stderr: a bar for a person, else a line each 10 % or 30 seconds, none with
@@ -135,6 +143,16 @@ class Terminal:
         if self.stderr.isatty() and os.environ.get("TERM") != "dumb":
             return ProgressReport(_Bar(self._console(self.stderr), what), None)
         return ProgressReport(None, _Lines(self.say, what))
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> Iterator[str]:
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if on_the_right else cell.ljust(width)
+            for cell, width, on_the_right in zip(row, widths, right, strict=True)
+        ]
+        yield "  ".join(cells).rstrip()
 
 
 def _nowhere(mode: str) -> IO[Any]:

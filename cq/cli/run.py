@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from cq.cli import options
-from cq.cli.deliver import Delivery, deliver
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +31,8 @@ def register(app: typer.Typer) -> None:
           cq merge flux.safetensors style.safetensors > plan.json
           cq run plan.json -o merged.safetensors
         """
+        from cq.cli.deliver import Delivery, deliver
+
         checkpoint = options.open_input(manifest, what="MANIFEST")
         return deliver(
             checkpoint,

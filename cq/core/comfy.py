@@ -18,7 +18,7 @@ import orjson
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import DTYPES
 from cq.core.errors import InputError
-from cq.core.header import printable
+from cq.core.text import printable
 
 MARKER = ".comfy_quant"
 WEIGHT = ".weight"

@@ -20,6 +20,7 @@ import orjson
 
 from cq.core.dtypes import DTYPES, TensorSpec
 from cq.core.errors import InputError
+from cq.core.text import printable
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more, so a file beyond it loads nowhere
 _MAX_FILE_BYTES = 1 << 62  # offsets must fit a signed 64-bit file position
@@ -225,19 +226,6 @@ def _invalid(where: str, what: str) -> InputError:
     return InputError(
         f"`{where}` is not a valid safetensors file: {what}", where=where, code="input.header"
     )
-
-
-def as_text(name: str) -> str:
-    """A file name as text that JSON can hold; bytes of it that are not UTF-8 become `?` signs."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def printable(text: str, limit: int = 200) -> str:
-    """`text` fit for a message: one line, no control characters, at most `limit` characters."""
-    clean = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text
-    )
-    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
 
 
 def lay_out(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, Header]:

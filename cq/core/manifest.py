@@ -20,7 +20,6 @@ import orjson
 from cq.core import catalog
 from cq.core.checkpoint import Checkpoint, Stage, from_source
 from cq.core.errors import InputError, UsageError
-from cq.core.header import as_text, printable
 from cq.core.source import (
     check_fingerprint,
     not_a_name,
@@ -28,6 +27,7 @@ from cq.core.source import (
     open_stream,
     unreadable,
 )
+from cq.core.text import as_text, printable
 from cq.version import VERSION
 
 MANIFEST_VERSION = 1

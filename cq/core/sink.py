@@ -22,6 +22,7 @@ from cq.core.checkpoint import Checkpoint, Extent, Piece
 from cq.core.errors import CqError, InputError, InternalError, PlanError, ResourceError
 from cq.core.header import Header
 from cq.core.journal import Journal, read_journal
+from cq.core.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ class _OpenFile:
             )
             if got == 0:
                 raise InputError(
-                    f"`{extent.file.shown}` ends inside tensor `{header.printable(name)}`:"
+                    f"`{extent.file.shown}` ends inside tensor `{printable(name)}`:"
                     " it was cut while cq was reading it",
                     where=extent.file.shown,
                     hint="restore the file and run the command again",

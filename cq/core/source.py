@@ -23,6 +23,7 @@ from cq.core import header as headers
 from cq.core.dtypes import TensorSpec, torch_dtype
 from cq.core.errors import InputError, PlanError, ResourceError
 from cq.core.header import Header
+from cq.core.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,7 @@ class SourceFile:
                 raise unreadable(self.shown, error) from error
             if got == 0:
                 raise InputError(
-                    f"`{self.shown}` ends inside tensor `{headers.printable(tensor)}`:"
+                    f"`{self.shown}` ends inside tensor `{printable(tensor)}`:"
                     " it was cut while cq was reading it",
                     where=self.shown,
                     hint="restore the file and run the command again",
@@ -174,7 +175,7 @@ class SourceFile:
 
 def not_a_name(shown: str) -> InputError:
     """The error for text that cannot be the name of a file."""
-    return InputError(f"`{headers.printable(shown)}` is not a file name", code="input.missing")
+    return InputError(f"`{printable(shown)}` is not a file name", code="input.missing")
 
 
 def unreadable(shown: str, error: OSError) -> InputError:
@@ -310,8 +311,8 @@ def _open_index(path: Path) -> Source:
             or Path(file_name).name != file_name
         ):
             raise InputError(
-                f"`{path}` puts tensor `{headers.printable(tensor)}` into"
-                f" `{headers.printable(str(file_name))}`,"
+                f"`{path}` puts tensor `{printable(tensor)}` into"
+                f" `{printable(str(file_name))}`,"
                 " which is not the name of a safetensors file beside it",
                 where=str(path),
                 code="input.index",
@@ -322,7 +323,7 @@ def _open_index(path: Path) -> Source:
     for tensor, file_name in sorted(weight_map.items()):
         if tensor not in files[file_name].header.entries:
             raise InputError(
-                f"`{path}` promises tensor `{headers.printable(tensor)}` in `{file_name}`,"
+                f"`{path}` promises tensor `{printable(tensor)}` in `{file_name}`,"
                 " which does not hold it",
                 where=str(path),
                 code="input.index",
@@ -332,7 +333,7 @@ def _open_index(path: Path) -> Source:
         extra = next((t for t in file.header.entries if owner.get(t) is not file), None)
         if extra is not None:
             raise InputError(
-                f"`{file_name}` holds tensor `{headers.printable(extra)}`,"
+                f"`{file_name}` holds tensor `{printable(extra)}`,"
                 f" which `{path}` does not place there",
                 where=str(path),
                 hint="mend the index, or give the shard itself as the input",

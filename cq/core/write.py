@@ -12,8 +12,8 @@ from typing import IO, Any
 from cq.core import manifest
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine import local
-from cq.core.header import as_text
 from cq.core.sink import FileSink, Sink, StreamSink
+from cq.core.text import as_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

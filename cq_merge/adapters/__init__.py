@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from cq.core import catalog
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError, PlanError
-from cq.core.header import printable
 from cq.core.source import Source
+from cq.core.text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from cq.core.dtypes import DTYPES, TensorSpec
 from cq.core.errors import InputError
-from cq.core.header import printable
 from cq.core.source import Source
+from cq.core.text import printable
 from cq_merge import factors
 from cq_merge.adapters import Apply
 
