@@ -84,6 +84,7 @@ def register(app: typer.Typer) -> None:
 
         if defer and output is not None:
             raise UsageError("`--defer` writes no file, so it takes no `-o`")
+        limit = options.parse_size(memory_limit)
         checkpoint = quantize(
             options.open_input(model),
             format=format,
@@ -105,7 +106,7 @@ def register(app: typer.Typer) -> None:
                 restart=restart,
                 dry_run=dry_run,
                 workers=workers,
-                memory_limit=memory_limit,
+                memory_limit=limit,
             ),
             command="quant",
             columns=_COLUMNS,

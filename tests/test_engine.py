@@ -119,8 +119,8 @@ def test_engine_refuses_a_part_over_the_limit_before_any_work(tmp_path: Path) ->
     with pytest.raises(ResourceError) as caught:
         cq.write(make.checkpoint(*parts), tmp_path / "out.safetensors", memory_limit=1 << 20)
     assert (caught.value.exit_code, caught.value.code) == (5, "resource.memory")
-    assert "`large` needs 3 MiB" in caught.value.message
-    assert "limit of 1 MiB" in caught.value.message
+    assert "`large` needs 3.1 MB" in caught.value.message
+    assert "limit of 1.0 MB" in caught.value.message
     assert started == []
     assert list(tmp_path.iterdir()) == []
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cq.cli.options import parse_size, terminal
+from cq.cli.options import terminal
 from cq.cli.output import LostReader, size
 from cq.core import sink
 from cq.core.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ class Delivery:
     restart: bool = False
     dry_run: bool = False
     workers: int | None = None
-    memory_limit: str | None = None
+    memory_limit: int | None = None
 
 
 def deliver(
@@ -44,7 +44,7 @@ def deliver(
 ) -> int:
     """Deliver `checkpoint` as `asked`; `columns` and `rows` are the plan as a person reads it."""
     here = terminal()
-    limit = parse_size(asked.memory_limit)
+    limit = asked.memory_limit
     if asked.output not in {None, "-"}:
         sink.check_target(checkpoint, Path(str(asked.output)), force=asked.force)
     if asked.dry_run or (asked.output is None and (here.is_tty or here.json)):

@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
                 restart=restart,
                 dry_run=dry_run,
                 workers=workers,
-                memory_limit=memory_limit,
+                memory_limit=options.parse_size(memory_limit),
             ),
             command="run",
         )

@@ -83,8 +83,8 @@ def run(
     largest = max((part for part in parts), key=lambda p: p.nbytes_peak, default=None)
     if largest is not None and largest.nbytes_peak > limit:
         raise ResourceError(
-            f"layer `{largest.name}` needs {-(-largest.nbytes_peak >> 20)} MiB,"
-            f" over the memory limit of {limit >> 20} MiB",
+            f"layer `{largest.name}` needs {largest.nbytes_peak / 1e6:.1f} MB,"
+            f" over the memory limit of {limit / 1e6:.1f} MB",
             hint="raise `--memory-limit`",
             code="resource.memory",
         )
