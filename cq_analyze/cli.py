@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +14,7 @@ from cq.core.errors import UsageError
 
 if TYPE_CHECKING:
     from cq_analyze.metrics import Sums
-    from cq_analyze.report import Gate, Report
+    from cq_analyze.report import Finding, Gate, Report
 
 _SHOWN_FAILURES = 10
 
@@ -134,15 +134,24 @@ def _row(name: str, sums: Sums) -> tuple[str, ...]:
 
 
 def _verdict(report: Report) -> Iterator[str]:
-    if report.findings:
+    for name, found in _by_name(report.findings).items():
         yield ""
-    for found in report.findings:
-        yield f"{found.name}: {found}"
-        yield f"  mend: {found.mend}"
+        for one in found[:_SHOWN_FAILURES]:
+            yield f"{name}: {one}"
+        if len(found) > _SHOWN_FAILURES:
+            yield f"{name}: {len(found) - _SHOWN_FAILURES} more like these"
+        yield f"  what to do: {found[0].mend}"
     for gate in report.gates:
         yield from _gate(gate)
     if not report.findings and not report.gates:
         yield "\nnothing to find fault with" + (" in the header" if report.header_only else "")
+
+
+def _by_name(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
+    grouped: dict[str, list[Finding]] = {}
+    for found in findings:
+        grouped.setdefault(found.name, []).append(found)
+    return grouped
 
 
 def _gate(gate: Gate) -> Iterator[str]:

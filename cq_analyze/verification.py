@@ -16,6 +16,7 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import DTYPES
 from cq.core.engine import local
 from cq.core.errors import PlanError, UsageError
+from cq.core.source import check_unchanged
 from cq_analyze import structure, values
 from cq_analyze.reference import Reference
 from cq_analyze.report import (
@@ -77,6 +78,7 @@ def verify(
     reference = None if against is None else Reference(against)
     settings = local.Settings(workers=workers, memory_limit=memory_limit, on_progress=on_progress)
     outcomes = values.inspect(checkpoint, judged, reference, settings)
+    check_unchanged((*checkpoint.inputs, *(() if against is None else against.inputs)))
     measured = {o.layer: o.fidelity for o in outcomes if o.layer is not None}
     layers = [dataclasses.replace(own, fidelity=measured.get(own.layer)) for own in layers]
     findings = [*judged.findings, *(found for outcome in outcomes for found in outcome.findings)]

@@ -52,8 +52,8 @@ def register(app: typer.Typer) -> None:
         asks. At a terminal it shows the plan.
 
         \b
-          cq merge flux.safetensors style.safetensors:0.8 -o merged.safetensors cq merge
-          flux.safetensors style.safetensors hero.safetensors:0.6 | cq quant -o out.safetensors
+          cq merge flux.safetensors style.safetensors:0.8 -o merged.safetensors
+          cq merge flux.safetensors style.safetensors hero.safetensors:0.6 | cq quant
         """
         from cq.cli.deliver import Delivery, deliver
         from cq_merge import merge as merge_adapters
@@ -65,12 +65,6 @@ def register(app: typer.Typer) -> None:
             dampen=dampen,
             allow_unmatched=allow_unmatched,
         )
-        for note in checkpoint.notes:
-            if note["unmatched"]:
-                options.terminal().say(
-                    f"merge: `{note['path']}`: {len(note['unmatched'])} keys fit no layer"
-                    f" and are left out, such as `{note['unmatched'][0]}`"
-                )
         return deliver(
             checkpoint,
             Delivery(
@@ -82,9 +76,20 @@ def register(app: typer.Typer) -> None:
                 memory_limit=options.parse_size(memory_limit),
             ),
             command="merge",
+            remarks=[_remark(note) for note in checkpoint.notes],
             columns=_COLUMNS,
             rows=_rows(checkpoint.notes),
         )
+
+
+def _remark(note: Any) -> str:
+    text = f"`{Path(note['path']).name}` changes {len(note['layers'])} layers"
+    if note["unmatched"]:
+        text += (
+            f"; {len(note['unmatched'])} of its keys fit no layer and are left out,"
+            f" such as `{note['unmatched'][0]}`"
+        )
+    return text
 
 
 def _rows(notes: Any) -> Iterator[tuple[str, ...]]:

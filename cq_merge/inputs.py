@@ -90,7 +90,7 @@ def opened(path: str, strength: float, expected: Mapping[str, Any] | None = None
     if expected:
         check_fingerprint(source, expected)
     return AdapterFile(
-        path=str(source.path.resolve()),
+        path=os.path.abspath(source.path),
         strength=strength,
         fingerprint=source.fingerprint(),
         source=source,

@@ -95,9 +95,8 @@ def register(app: typer.Typer) -> None:
             skip=skip or (),
             save_quant_metadata=save_quant_metadata,
         )
-        if output is None and not defer and not dry_run:
+        if output is None and not defer:
             output = default_output(checkpoint, format)
-        _say_notes(checkpoint)
         return deliver(
             checkpoint,
             Delivery(
@@ -109,6 +108,7 @@ def register(app: typer.Typer) -> None:
                 memory_limit=limit,
             ),
             command="quant",
+            remarks=_remarks(checkpoint),
             columns=_COLUMNS,
             rows=_rows(checkpoint.notes),
         )
@@ -122,11 +122,16 @@ def default_output(checkpoint: Checkpoint, format_name: str) -> str:
     return name if source.spooled else str(Path(source.path).with_name(name))
 
 
-def _say_notes(checkpoint: Checkpoint) -> None:
-    notes = dict.fromkeys(n["note"] for n in checkpoint.notes if n.get("note"))
-    counts = {note: sum(n.get("note") == note for n in checkpoint.notes) for note in notes}
-    for note, count in counts.items():
-        options.terminal().say(f"quant: {note} ({count} layers)")
+def _remarks(checkpoint: Checkpoint) -> list[str]:
+    """What was decided, in a sentence, and what a user should know of how it was."""
+    chosen = [n for n in checkpoint.notes if n["action"] == "quantize"]
+    notes = dict.fromkeys(n["note"] for n in chosen if n["note"])
+    counts = {note: sum(n["note"] == note for n in chosen) for note in notes}
+    kept = len(checkpoint.notes) - len(chosen)
+    return [
+        f"{len(chosen)} layers are quantized, {kept} are kept as they are",
+        *(f"{note} ({count} layers)" for note, count in counts.items()),
+    ]
 
 
 def _rows(notes: Any) -> Iterator[tuple[str, ...]]:

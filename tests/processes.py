@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-CQ = [sys.executable, "-m", "cq.cli.main"]
+CQ = [sys.executable, "-m", "cq.cli.entry"]
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 BASE = DIGITS / "digits.safetensors"
 STYLE = DIGITS / "style.safetensors"

@@ -89,7 +89,9 @@ def test_command_has_help_with_an_example_and_a_section_in_the_reference(name: s
 
     group: Any = typer.main.get_command(main.make_app())
     command = group.commands[name]
-    assert f"cq {name}" in command.help
+    examples = command.help.split("\b\n")[1].strip().split("\n")
+    assert all(line.strip().startswith("cq ") for line in examples)
+    assert any(f"cq {name}" in line for line in examples)
     for parameter in command.params:
         assert getattr(parameter, "help", None), f"`{parameter.name}` has no help"
     assert f"## cq {name}\n" in (ROOT / "docs" / "reference" / "cli.md").read_text()

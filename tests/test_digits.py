@@ -14,7 +14,7 @@ import cq
 import cq_merge
 import cq_quant
 from examples.digits.contact_sheet import psnr
-from examples.digits.demo import decode
+from examples.digits.decode import decode
 from examples.digits.model import DigitsFlux, load
 from examples.digits.sample import sample
 from tests.processes import BASE, STYLE

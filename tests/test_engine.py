@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -304,3 +306,25 @@ def test_an_error_in_the_progress_function_ends_the_work(tmp_path: Path) -> None
             make.checkpoint(make.part({"a": W})), tmp_path / "out.safetensors", on_progress=broken
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_engine_waits_for_its_workers_when_ctrl_c_comes(tmp_path: Path) -> None:
+    """A worker that lives on would write into files that its sink has closed."""
+    inside, ended = threading.Event(), threading.Event()
+
+    def work(job: local.Job) -> None:
+        inside.set()
+        time.sleep(0.5)
+        ended.set()
+
+    def press() -> None:
+        inside.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(parts_of(1, 1), work, Settings(workers=1))
+    presser.join()
+    assert ended.is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cq-")]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,8 @@ def test_interrupt_keeps_finished_work_and_says_how_to_go_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
+        # A job started in the background by a shell would ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stderr is not None
     for line in io.TextIOWrapper(process.stderr, write_through=True):
@@ -254,7 +258,7 @@ def test_help_and_header_paths_import_no_torch(made: Path, tmp_path: Path) -> No
 def test_unreadable_terminal_streams_do_not_crash(tmp_path: Path) -> None:
     """Closed stderr: the exit code still speaks."""
     done = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" -m cq.cli.main quant none.safetensors 2>&-'],
+        ["bash", "-c", f'"{sys.executable}" -m cq.cli.entry quant none.safetensors 2>&-'],
         capture_output=True,
         cwd=tmp_path,
         env=environment(),
@@ -263,3 +267,89 @@ def test_unreadable_terminal_streams_do_not_crash(tmp_path: Path) -> None:
     )
     assert done.returncode == 3
     assert os.listdir(tmp_path) == []  # noqa: PTH208 - names are all that matters
+
+
+def test_fused_equals_staged_through_a_linked_base(tmp_path: Path) -> None:
+    """As in a cache whose names are links to blobs."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc123").write_bytes(BASE.read_bytes())
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "abc123")
+    line = f"""cq merge model.safetensors {STYLE} | cq quant -q > /dev/null
+cq merge model.safetensors {STYLE} -q -o merged.st | cq quant -q -o staged.st > /dev/null"""
+    done = shell(line, tmp_path)
+    assert done.code == 0, done.err
+    fused = tmp_path / "model-int8_tensorwise.safetensors"
+    assert fused.read_bytes() == (tmp_path / "staged.st").read_bytes()
+    assert ["abc123"] == [p.name for p in (tmp_path / "blobs").iterdir()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["cq plugins", "cq plugins --json", f"cq quant {BASE} -q -o -", f"cq quant {BASE} --dry-run"],
+)
+def test_full_disk_behind_stdout_is_5(line: str, tmp_path: Path) -> None:
+    done = shell(f"{line} > /dev/full", tmp_path)
+    assert done.code == 5
+    assert "cannot write" in done.err
+    assert "no space left" in done.err
+    assert "bug" not in done.err + done.out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("-o", "there.st"),
+        ("-o", "-"),
+        ("--memory-limit", "abc"),
+        ("--memory-limit", "1MB"),
+        ("--skip", "nothing*"),
+    ],
+)
+def test_json_errors_are_one_object(options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "there.st").write_bytes(b"mine")
+    done = cq("quant", BASE, "--json", *options, cwd=tmp_path)
+    assert done.code in {2, 4, 5}
+    assert done.out == ""
+    assert json.loads(done.err)["kind"] == "error"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("-o", "there.st"), ("--memory-limit", "1MB"), ("-o", "none/x.st"), ("-o", "-", "--force")],
+)
+def test_dry_run_fails_where_the_run_would(options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "there.st").write_bytes(b"mine")
+    dry = cq("quant", BASE, "--dry-run", *options, cwd=tmp_path)
+    wet = cq("quant", BASE, *options, cwd=tmp_path)
+    assert wet.code != 0
+    assert (wet.code, wet.err) == (dry.code, dry.err)
+
+
+def test_input_is_never_the_output_whatever_it_came_through(tmp_path: Path) -> None:
+    model, plan = tmp_path / "model.st", tmp_path / "plan.json"
+    model.write_bytes(BASE.read_bytes())
+    assert shell("cq quant -q --force -o model.st < model.st", tmp_path).code == 4
+    assert model.read_bytes() == BASE.read_bytes()
+    assert shell("cq quant -q --defer model.st > plan.json", tmp_path).code == 0
+    before = plan.read_bytes()
+    assert shell("cq run -q --force plan.json -o plan.json", tmp_path).code == 4
+    assert plan.read_bytes() == before
+
+
+def test_interrupt_at_any_moment_is_quiet(tmp_path: Path) -> None:
+    """Before the first line, while planning, while computing, and after the end."""
+    moments = random.Random(7)
+    for _ in range(12):
+        process = subprocess.Popen(
+            [*CQ, "verify", "-q", str(BASE)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        time.sleep(moments.uniform(0, 2.5))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=TIMEOUT)
+        assert process.returncode in {0, 130, -signal.SIGINT}, err
+        assert b"Traceback" not in err
+        assert b"bug" not in err

@@ -9,15 +9,15 @@ from typing import Any
 import make
 import pytest
 import torch
+from comfy_kitchen.backends.eager import quantization as kitchen
+from comfy_kitchen.tensor import int8_utils
 
 import cq
+import cq_merge
 import cq_quant
 from cq.core import catalog, comfy, rotation, source
 from cq.core.errors import CqError, InputError, PlanError, UsageError
 from cq.core.manifest import HISTORY_KEY
-
-kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
-int8_utils = pytest.importorskip("comfy_kitchen.tensor.int8_utils")
 
 LAYER = "blocks.0.attn"
 WEIGHT = f"{LAYER}.weight"
@@ -480,7 +480,6 @@ def adapter(directory: Path, name: str) -> Path:
 def test_convert_to_int8_merges_as_the_pipeline_does(
     dampen: bool, base: Path, tmp_path: Path
 ) -> None:
-    cq_merge = pytest.importorskip("cq_merge")
     first, second, third = (adapter(tmp_path, name) for name in ("first", "second", "third"))
     cq_quant.convert_to_int8(
         input_file=base,
@@ -501,7 +500,6 @@ def test_convert_to_int8_merges_as_the_pipeline_does(
 
 
 def test_convert_to_int8_merges_one_adapter(base: Path, tmp_path: Path) -> None:
-    cq_merge = pytest.importorskip("cq_merge")
     path = adapter(tmp_path, "style")
     cq_quant.convert_to_int8(
         input_file=base, output_file=tmp_path / "old.safetensors", merge_lora_path=path

@@ -22,7 +22,7 @@ import cq_quant
 from cq.core import files, sink
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine.local import Progress, Settings
-from cq.core.errors import CqError, InternalError, PlanError, ResourceError
+from cq.core.errors import CqError, InputError, InternalError, PlanError, ResourceError
 from cq.core.journal import Journal, read_journal
 from cq.core.sink import FileSink, StreamSink, nbytes_file
 from cq.core.write import fill, stream
@@ -464,7 +464,41 @@ def test_sink_starts_again_when_the_source_was_touched(base: Path, out: Path) ->
     killed(cq.open(base), out)
     stat = base.stat()
     os.utime(base, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+    assert cq.write(cq.open(base), out).parts_resumed == 0
+    assert base.read_bytes() == out.read_bytes()
+
+
+def test_sink_refuses_what_was_made_of_a_source_that_changed_meanwhile(
+    base: Path, out: Path
+) -> None:
+    """A file mixed from two versions of its source never gets the final name."""
+    changed = pytest.raises(InputError, match="was changed while cq was reading it")
+    with changed, FileSink(cq.open(base), out) as half:
+        stat = base.stat()
+        os.utime(base, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+        fill(half, cq.open(base), Settings())
+    assert left(out) == []
+
+
+@pytest.mark.parametrize("name", [".partial", ".partial.journal"])
+def test_sink_follows_no_link_that_stands_for_its_own_files(
+    name: str, base: Path, out: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    out.with_name(out.name + name).symlink_to(victim)
+    for restart in (False, True):
+        with pytest.raises(CqError):
+            cq.write(cq.open(base), out, restart=restart)
+    assert victim.read_bytes() == b"precious"
+    assert not out.exists()
+
+
+def test_sink_leaves_a_journal_that_is_not_its_own(base: Path, out: Path) -> None:
+    foreign = out.with_name(out.name + ".partial.journal")
+    foreign.write_bytes(b"dear diary")
     assert refused(cq.open(base), out).code == "plan.other_partial"
+    assert foreign.read_bytes() == b"dear diary"
 
 
 def test_sink_restarts_its_own_work_when_asked(out: Path) -> None:
@@ -685,27 +719,39 @@ def test_fallbacks_write_the_same_file(
     assert base.read_bytes() == (tmp_path / "copy.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("fault", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
-def test_copy_range_copies_by_hand_where_the_kernel_cannot(
-    fault: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "fault", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, None], ids=str
+)
+def test_sink_copies_by_hand_where_the_kernel_cannot(
+    fault: int | None, base: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """None is a kernel that copies nothing and says nothing of it."""
+
     def cannot(*_: object) -> int:
-        raise OSError(fault, "cannot")
+        if fault is not None:
+            raise OSError(fault, "cannot")
+        return 0
 
     monkeypatch.setattr(os, "copy_file_range", cannot, raising=False)
-    data = random.Random(3).randbytes((1 << 20) + 4321)
-    (tmp_path / "source").write_bytes(data)
-    source = os.open(tmp_path / "source", files.READ_FLAGS)
-    target = os.open(tmp_path / "target", files.WRITE_FLAGS)
+    cq.write(cq.open(base), out)
+    assert base.read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize(("fault", "free"), [(errno.EWOULDBLOCK, False), (errno.ENOLCK, True)])
+def test_lock_takes_only_a_held_lock_for_held(
+    fault: int, free: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system without locks is no other run."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    fd = os.open(tmp_path / "file", files.WRITE_FLAGS)
     try:
-        done, end = 0, len(data) - 21
-        while done < end - 10:
-            done += files.copy_range(source, 10 + done, target, 5 + done, end - 10 - done)
-        assert files.copy_range(source, len(data), target, 0, 10) == 0
+        assert files.lock(fd) is free
     finally:
-        os.close(source)
-        os.close(target)
-    assert data[10:end] == (tmp_path / "target").read_bytes()[5:]
+        os.close(fd)
 
 
 def test_write_at_writes_all_that_short_writes_leave(

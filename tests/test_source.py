@@ -372,8 +372,8 @@ def test_open_in_a_missing_directory_is_an_input_error(tmp_path: Path) -> None:
         (b"PK\x03\x04\x14\x00\x08\x08" + bytes(64), "pickle"),
         (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9" + bytes(64), "pickle"),
         (b"\x7fELF\x02\x01\x01\x01" + bytes(64), "safetensors"),
-        (b"<!DOCTYPE html><html>", "safetensors"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "safetensors"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
     ],
     ids=["gguf", "zip", "pickle", "elf", "html", "lfs"],
 )

@@ -6,8 +6,11 @@ a checkpoint.
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from cq.cli.options import terminal
 from cq.cli.output import LostReader, size
 from cq.core import sink
 from cq.core.checkpoint import Checkpoint
-from cq.core.engine.local import Settings
-from cq.core.errors import UsageError
+from cq.core.engine.local import Settings, check_budget
+from cq.core.errors import Interrupted, PlanError, UsageError
 from cq.core.header import total_nbytes
 from cq.core.write import stream, write
 
@@ -41,16 +44,18 @@ def deliver(
     command: str,
     columns: Sequence[str] = (),
     rows: Iterable[Sequence[str]] = (),
+    remarks: Sequence[str] = (),
 ) -> int:
-    """Deliver `checkpoint` as `asked`; `columns` and `rows` are the plan as a person reads it."""
+    """Deliver `checkpoint` as `asked`; `columns` and `rows` are the plan as a person reads it, and
+    `remarks` what is said of it in any case."""
     here = terminal()
-    limit = asked.memory_limit
-    if asked.output not in {None, "-"}:
-        sink.check_target(checkpoint, Path(str(asked.output)), force=asked.force)
+    _check(checkpoint, asked)
+    for remark in remarks:
+        here.say(f"{command}: {remark}")
     if asked.dry_run or (asked.output is None and (here.is_tty or here.json)):
         _show_plan(checkpoint, command, columns, rows)
         here.say("nothing was written")
-        if asked.output is None and not asked.dry_run and not here.json:
+        if asked.output is None and not asked.dry_run:
             here.say("\nhint: add `-o FILE` to write it")
         return 0
     if asked.output is None:
@@ -58,18 +63,23 @@ def deliver(
         here.say(f"{command}: passed on as a manifest; nothing was written")
         return 0
     if asked.output == "-":
-        _stream_bytes(checkpoint, asked.workers, limit, command)
+        _stream_bytes(checkpoint, asked, command)
         return 0
     with here.progress(command) as progress:
-        written = write(
-            checkpoint,
-            asked.output,
-            force=asked.force,
-            restart=asked.restart,
-            workers=asked.workers,
-            memory_limit=limit,
-            on_progress=progress.on_progress,
-        )
+        try:
+            written = write(
+                checkpoint,
+                asked.output,
+                force=asked.force,
+                restart=asked.restart,
+                workers=asked.workers,
+                memory_limit=asked.memory_limit,
+                on_progress=progress.on_progress,
+            )
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                "interrupted", hint="run the same command again to go on with what is finished"
+            ) from error
     resumed = f", {written.parts_resumed} parts were ready" if written.parts_resumed else ""
     here.say(
         f"{command}: wrote `{asked.output}`, {size(written.nbytes)}"
@@ -82,9 +92,29 @@ def deliver(
     return 0
 
 
-def _stream_bytes(
-    checkpoint: Checkpoint, workers: int | None, limit: int | None, command: str
-) -> None:
+def _check(checkpoint: Checkpoint, asked: Delivery) -> None:
+    """What must hold before any work, in a dry run as well."""
+    here = terminal()
+    if asked.output == "-":
+        for name, given in (("--force", asked.force), ("--restart", asked.restart)):
+            if given:
+                raise UsageError(f"`-o -` writes no file, so it takes no `{name}`")
+        if here.json and not asked.dry_run:
+            raise UsageError("`-o -` and `--json` both want stdout", hint="use one of them")
+    elif asked.output is not None:
+        target = Path(asked.output)
+        sink.check_target(checkpoint, target, force=asked.force)
+        with suppress(OSError):
+            if any(os.path.samestat(target.stat(), opened) for opened in here.opened):
+                raise PlanError(
+                    f"`{target}` is the input itself",
+                    hint="choose another output; cq never overwrites what it reads",
+                    code="plan.output_is_input",
+                )
+    check_budget(checkpoint.parts, asked.memory_limit)
+
+
+def _stream_bytes(checkpoint: Checkpoint, asked: Delivery, command: str) -> None:
     here = terminal()
     if here.is_tty:
         raise UsageError(
@@ -92,10 +122,14 @@ def _stream_bytes(
             hint="name a file, or pipe the output into something",
             code="usage.terminal",
         )
-    if here.json:
-        raise UsageError("`-o -` and `--json` both want stdout", hint="use one of them")
+    if sys.stdout is None:
+        raise UsageError("stdout is closed", hint="name a file")
     with here.progress(command) as progress:
-        settings = Settings(workers=workers, memory_limit=limit, on_progress=progress.on_progress)
+        settings = Settings(
+            workers=asked.workers,
+            memory_limit=asked.memory_limit,
+            on_progress=progress.on_progress,
+        )
         try:
             stream(checkpoint, here.byte_stream(), settings)
         except BrokenPipeError as error:
@@ -137,7 +171,7 @@ def _show_plan(
     before = sum(total_nbytes(s.spec(n) for n in s.owner) for s in checkpoint.sources)
     here.data(
         f"{size(before)} of tensors become a file of {size(sink.nbytes_file(checkpoint))};"
-        f" each worker needs up to {size(peak(checkpoint))} beyond torch"
+        f" memory: torch, and up to {size(peak(checkpoint))} for each worker"
     )
 
 

@@ -113,7 +113,3 @@ def main() -> None:
     """The console script."""
     memory.keep_freed()
     sys.exit(run(sys.argv[1:], Terminal()))
-
-
-if __name__ == "__main__":
-    main()

@@ -14,12 +14,13 @@ import inspect
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
 import typer
 
-from cq.cli.output import LostReader, Terminal
-from cq.core.errors import CqError, InternalError, Interrupted, UsageError
+from cq.cli.output import LostReader, Terminal, UnwritableStdout
+from cq.core.errors import CqError, InternalError, Interrupted, ResourceError, UsageError
 from cq.version import VERSION
 
 if TYPE_CHECKING:
@@ -112,17 +113,27 @@ def guard(here: Terminal, body: Callable[[], int | None]) -> int:
         _abandon_stdout(here)  # as in `cq plugins | head -1`: what was wanted was delivered
         return 0
     except KeyboardInterrupt:
-        here.error(
-            Interrupted(
-                "interrupted", hint="run the same command again to go on with what is finished"
-            )
-        )
+        here.error(Interrupted("interrupted"))
         return Interrupted.exit_code
+    except UnwritableStdout as error:
+        _abandon_stdout(here)
+        here.error(error)
+        return error.exit_code
     except CqError as error:
         if here.debug:
             here.traceback()
         here.error(_reportable(error))
         return error.exit_code
+    except MemoryError as error:
+        if here.debug:
+            here.traceback()
+        failure = ResourceError(
+            f"there is not enough memory: {error}",
+            hint="lower `--workers` or `--memory-limit`",
+            code="resource.memory",
+        )
+        here.error(failure)
+        return failure.exit_code
     except Exception as error:  # the last guard: a bug must not look like a finding
         if here.debug:
             here.traceback()
@@ -172,7 +183,12 @@ def open_input(path: str | None, *, what: str = "MODEL") -> Checkpoint:
             raise UsageError(
                 "stdin is a terminal, not a checkpoint", hint="name a file", code="usage.terminal"
             )
-        return open_checkpoint_stream(cast(TextIO, here.stdin).buffer)
+        named = here.stdin_path()
+        if named is None:
+            return open_checkpoint_stream(cast(TextIO, here.stdin).buffer)
+        path = named
+    with suppress(OSError, ValueError):
+        here.opened.append(os.stat(path))  # noqa: PTH116 - compared with the output
     return open_checkpoint(path)
 
 
@@ -192,5 +208,7 @@ def parse_size(text: str | None) -> int | None:
             f"`{text}` is not a size", hint="write a number and a unit, such as `8GiB`"
         )
     number, prefix, binary = found.groups()
+    if not prefix and "b" not in text.lower():
+        raise UsageError(f"`{text}` has no unit", hint="write one, such as `8GiB` or `512MB`")
     base = 1024 if binary else 1000
     return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))

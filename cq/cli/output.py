@@ -37,6 +37,13 @@ class LostReader(CqError):
     default_code = "lost_reader"
 
 
+class UnwritableStdout(CqError):
+    """Stdout takes no more, as on a full disk."""
+
+    exit_code = 5
+    default_code = "resource.stdout"
+
+
 @dataclass(slots=True)
 class Terminal:
     """Where a command reads and writes. Tests pass one of their own."""
@@ -47,6 +54,8 @@ class Terminal:
     quiet: bool = False
     json: bool = False
     debug: bool = False
+    opened: list[os.stat_result] = field(default_factory=list)
+    """The files that were opened as inputs, which no output may replace."""
 
     @property
     def is_tty(self) -> bool:
@@ -64,10 +73,28 @@ class Terminal:
             return False
         return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
+    def stdin_path(self) -> str | None:
+        """The file that stdin was redirected from (`< file`), where the system tells."""
+        try:
+            found = os.fstat(self.stdin.fileno())
+            path = os.path.realpath(f"/proc/self/fd/{self.stdin.fileno()}")
+            if stat.S_ISREG(found.st_mode) and os.path.samestat(found, os.stat(path)):  # noqa: PTH116
+                return path
+        except (OSError, ValueError, AttributeError):
+            pass
+        return None
+
     def data(self, text: str) -> None:
         """One document or line on stdout. File names need not be text; what is shown of them is."""
-        self.stdout.write(as_text(text) + "\n")
-        self.stdout.flush()
+        try:
+            self.stdout.write(as_text(text) + "\n")
+            self.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise UnwritableStdout(
+                f"cannot write to stdout: {(error.strerror or str(error)).lower()}"
+            ) from error
 
     def document(self, value: Any) -> None:
         """One JSON document on stdout: a single line in a pipe, indented for a person."""
@@ -84,7 +111,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """One line of talk on stderr, unless `-q`."""
-        if not self.quiet:
+        if not self.quiet and not self.json:
             self._complain(text)
 
     def _complain(self, text: str) -> None:
@@ -138,7 +165,7 @@ class Terminal:
     def progress(self, what: str) -> ProgressReport:
         """Progress on stderr: a bar for a person, else a line each 10 % or 30 seconds, none with
         -q."""
-        if self.quiet:
+        if self.quiet or self.json:
             return ProgressReport(None, None)
         if self.stderr.isatty() and os.environ.get("TERM") != "dumb":
             return ProgressReport(_Bar(self._console(self.stderr), what), None)

@@ -102,7 +102,7 @@ class Stage(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Checkpoint:
     """Every tensor's name, dtype and shape, and the metadata, without having read a weight.
 
@@ -131,6 +131,10 @@ class Checkpoint:
     @cached_property
     def _part_of(self) -> Mapping[str, Part]:
         return {name: part for part in self.parts for name in part.tensors}
+
+    def __repr__(self) -> str:
+        steps = [", ".join(source.shown for source in self.sources), *(s.name for s in self.stages)]
+        return f"<Checkpoint {' | '.join(steps)}: {len(self.specs)} tensors, {self.nbytes} bytes>"
 
     @property
     def nbytes(self) -> int:

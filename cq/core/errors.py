@@ -34,6 +34,10 @@ class CqError(Exception):
         self.hint = hint
         self.code = code or self.default_code
 
+    def __str__(self) -> str:
+        """The sentence and, for those who see it in a traceback, what to do."""
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
     def to_dict(self) -> dict[str, object]:
         """The error as the JSON object that `--json` puts on stderr."""
         return {

@@ -16,10 +16,13 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_COPY_CHUNK = 16 << 20
+_KERNEL_COPY_BYTES = 16 << 20
+COPY_BYTES = 1 << 20
 _seek_lock = threading.Lock()
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 WRITE_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# For files of our own making, which nobody may point elsewhere by a link.
+OWN_FLAGS = WRITE_FLAGS | getattr(os, "O_NOFOLLOW", 0)
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:
@@ -64,31 +67,33 @@ def reserve(fd: int, nbytes: int) -> None:
     os.ftruncate(fd, nbytes)
 
 
-def copy_range(
+def kernel_copy(
     source: int, source_offset: int, target: int, target_offset: int, nbytes: int
 ) -> int:
-    """Copy up to 16 MiB between files; the bytes copied, 0 if the source has ended.
+    """Let the kernel copy up to 16 MiB between files, sharing blocks where the file system can.
 
-    The kernel copies where it can, which shares blocks on file systems that know how.
+    The bytes copied; 0 where the kernel cannot, or says nothing more than that.
     """
-    count = min(nbytes, _COPY_CHUNK)
     if hasattr(os, "copy_file_range"):
-        with contextlib.suppress(OSError):  # across file systems, or not supported: copy by hand
+        with contextlib.suppress(OSError):  # across file systems, or not supported
+            count = min(nbytes, _KERNEL_COPY_BYTES)
             return os.copy_file_range(source, target, count, source_offset, target_offset)
-    buffer = bytearray(min(count, 1 << 20))
-    got = read_at(source, memoryview(buffer), source_offset)
-    write_at(target, memoryview(buffer)[:got], target_offset)
-    return got
+    return 0
 
 
 def lock(fd: int) -> bool:
-    """Take the file for this process alone until it is closed; False if another process has it."""
+    """Take the file for this process alone until it is closed; False if another process has it.
+
+    File systems without locks (some network ones) take everybody for alone.
+    """
     if fcntl is None:
         return True
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return True
     return True
 
 

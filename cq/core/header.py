@@ -88,6 +88,10 @@ def _other_format(prefix: bytes) -> str | None:
         return "this is a GGUF file; cq reads safetensors"
     if prefix.startswith(b"PK"):
         return "this looks like a PyTorch pickle archive; convert it to safetensors first"
+    if prefix.lstrip().startswith((b"<", b"version ")):
+        return "this looks like a web page or a git-lfs pointer; download the file itself"
+    if prefix.startswith(b'{"'):
+        return "this looks like JSON; give a manifest itself, or the file that it names"
     if prefix.startswith(b"\x80"):
         return "this looks like a Python pickle; cq never opens pickles"
     return "cq reads safetensors files, shard indexes and its own manifests"

@@ -16,6 +16,9 @@ from pathlib import Path
 import orjson
 
 from cq.core import files
+from cq.core.errors import PlanError
+
+_BEGIN = b'\n{"cq":1,"digest"'
 
 
 class Journal:
@@ -27,8 +30,16 @@ class Journal:
 
     def begin(self, digest: str, *, go_on: bool) -> None:
         """Start the journal of the work `digest`, or go on with what there is of it."""
-        mode = os.O_APPEND if go_on else os.O_TRUNC
-        self._fd = os.open(self.path, files.WRITE_FLAGS | mode, 0o666)
+        self._fd = os.open(self.path, files.OWN_FLAGS | os.O_APPEND, 0o666)
+        if not _BEGIN.startswith(os.read(self._fd, len(_BEGIN))):  # also one that was torn
+            raise PlanError(
+                f"`{self.path}` is in the way, and it is not cq's",
+                where=str(self.path),
+                hint="move it away",
+                code="plan.other_partial",
+            )
+        if not go_on:
+            os.ftruncate(self._fd, 0)
         # The first newline ends a line that a crash may have torn.
         line = orjson.dumps({"cq": 1, "digest": digest, "boot": files.boot_id()})
         self._note(b"\n" + line + b"\n")
@@ -49,7 +60,9 @@ class Journal:
             self._fd = -1
 
     def remove(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file, if this journal is what it holds."""
+        if self._fd < 0:
+            return
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 

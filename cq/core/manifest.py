@@ -51,7 +51,7 @@ def document(checkpoint: Checkpoint) -> dict[str, Any]:
                 hint="add `-o FILE`, or give the checkpoint as a file",
                 code="usage.stdin_bytes",
             )
-        sources.append({"path": str(source.path.resolve()), **source.fingerprint()})
+        sources.append({"path": os.path.abspath(source.path), **source.fingerprint()})
     found = {
         "cq": MANIFEST_VERSION,
         "kind": "checkpoint",
@@ -78,14 +78,13 @@ def stage_document(stage: Stage) -> dict[str, Any]:
 def work_digest(checkpoint: Checkpoint) -> str:
     """Names the work: equal digests promise equal bytes.
 
-    Unlike a manifest's fingerprints it counts the sources' modification times as well: touching a
-    source costs a fresh start, never a file mixed from two versions of it.
+    A sink remembers the inputs' modification times besides it: touching a source costs a fresh
+    start, never a file mixed from two versions of it.
     """
     identity = {
         "work_format": WORK_FORMAT,
         "inputs": [
-            {"header": file.header_digest, "mtime_ns": file.mtime_ns, "nbytes": file.nbytes}
-            for file in checkpoint.inputs
+            {"header": file.header_digest, "nbytes": file.nbytes} for file in checkpoint.inputs
         ],
         "sources": [source.fingerprint() for source in checkpoint.sources],
         "stages": [stage_document(stage) for stage in checkpoint.stages],

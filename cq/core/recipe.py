@@ -108,12 +108,20 @@ def choose(
     if not any(choice.quantize for choice in choices):
         raise PlanError(
             "there is no layer to quantize",
-            hint="see the reasons with `--dry-run`, or name layers with `--only PATTERN`"
-            if choices
-            else "the checkpoint has no tensor that ends in `.weight`",
+            hint=_why_nothing(choices),
             code="plan.nothing",
         )
     return choices
+
+
+def _why_nothing(choices: Sequence[Choice]) -> str:
+    if not choices:
+        return "the checkpoint has no tensor that ends in `.weight`"
+    reasons: dict[str, int] = {}
+    for choice in choices:
+        reasons[choice.reason] = reasons.get(choice.reason, 0) + 1
+    told = "; ".join(f"{count} layers: {reason}" for reason, count in reasons.items())
+    return f"{told}. name layers with `--only PATTERN`"
 
 
 def _impossible(layer: str, spec: TensorSpec) -> str | None:
@@ -129,7 +137,7 @@ def _advice(layer: str, spec: TensorSpec) -> str | None:
     if reason is not None:
         return reason
     if not _BLOCK.search(without_prefix(layer)):
-        return "outside the model's repeated blocks, so an input, output or conditioning layer"
+        return "outside the model's repeated blocks, so an input or output layer"
     if min(spec.shape) < _SMALLEST_SIDE:
         return f"a side is under {_SMALLEST_SIDE}: nothing to gain"
     return None

@@ -19,10 +19,11 @@ from typing import IO, TYPE_CHECKING, Protocol
 
 from cq.core import files, header, manifest
 from cq.core.checkpoint import Checkpoint, Extent, Piece
-from cq.core.errors import CqError, InputError, InternalError, PlanError, ResourceError
+from cq.core.engine.local import Worker
+from cq.core.errors import CqError, InternalError, PlanError, ResourceError
 from cq.core.header import Header
 from cq.core.journal import Journal, read_journal
-from cq.core.text import printable
+from cq.core.source import check_unchanged
 
 if TYPE_CHECKING:
     import torch
@@ -68,21 +69,18 @@ class _OpenFile:
         offset = self.header.data_start + self.header.entries[name].start
         done = 0
         while done < extent.nbytes and not stop.is_set():
-            got = files.copy_range(
+            got = files.kernel_copy(
                 extent.file.fileno(),
                 extent.offset + done,
                 self.fd,
                 offset + done,
                 extent.nbytes - done,
             )
-            if got == 0:
-                raise InputError(
-                    f"`{extent.file.shown}` ends inside tensor `{printable(name)}`:"
-                    " it was cut while cq was reading it",
-                    where=extent.file.shown,
-                    hint="restore the file and run the command again",
-                    code="input.truncated",
-                )
+            if not got:  # the kernel cannot, or the source has ended, which the next line tells
+                buffer = memoryview(bytearray(min(extent.nbytes - done, files.COPY_BYTES)))
+                extent.file.read_into(buffer, extent.offset + done, tensor=name)
+                files.write_at(self.fd, buffer, offset + done)
+                got = len(buffer)
             done += got
 
     def part_done(self, index: int) -> None:
@@ -131,19 +129,22 @@ class FileSink(_OpenFile):
         self.journal = Journal(journal)
         self._force, self._restart = force, restart
         self._parts = len(checkpoint.parts)
+        self._inputs = checkpoint.inputs
         check_target(checkpoint, target, force=force)
-        self._digest = hashlib.sha256(
-            (manifest.work_digest(checkpoint) + "\n").encode() + self.head
-        ).hexdigest()
+        self.digest = manifest.work_digest(checkpoint)
+        # What the work is, and of when its inputs are: a touched source means a fresh start.
+        self._work = hashlib.sha256(self.digest.encode() + self.head).hexdigest()
+        times = repr([file.mtime_ns for file in checkpoint.inputs])
+        self._digest = f"{self._work}-{hashlib.sha256(times.encode()).hexdigest()}"
         self._lock = threading.Lock()
         self._unsafe: list[int] = []
         self._closing = threading.Event()
-        self._syncer = threading.Thread(target=self._sync_behind, name="cq-sync", daemon=True)
+        self._syncer = Worker(self._sync_behind, "cq-sync")
         self._sync_error: OSError | None = None
 
     def __enter__(self) -> FileSink:
         try:
-            self.fd = os.open(self.partial, files.WRITE_FLAGS, 0o666)
+            self.fd = os.open(self.partial, files.OWN_FLAGS, 0o666)
         except OSError as error:
             raise _unwritable(self.shown, error) from error
         try:
@@ -188,14 +189,14 @@ class FileSink(_OpenFile):
         digest, finished = read_journal(self.journal.path) or (self._digest, set())
         # Cut off while its space was being reserved, it holds nothing yet.
         whole = size == self.header.nbytes_file or not finished
-        if digest != self._digest or not whole:
+        if digest.split("-")[0] != self._work or not whole:
             raise PlanError(
                 f"`{self.partial}` holds unfinished work of another command",
                 where=str(self.partial),
                 hint="run that command again to finish it, or add `--restart` to discard it",
                 code="plan.other_partial",
             )
-        if not finished:
+        if not finished or digest != self._digest:
             return False
         self.finished = {index for index in finished if index < self._parts}
         files.write_at(self.fd, memoryview(self.head), 0)  # a power loss may have taken it
@@ -255,14 +256,16 @@ class FileSink(_OpenFile):
             if self._sync_error is not None:
                 raise self._sync_error
             os.fsync(self.fd)
+            check_unchanged(self._inputs)
             if self.target.exists() and not self._force:
                 raise _exists(self.shown)
             self.partial.replace(self.target)
         except OSError as error:
             raise _unwritable(self.shown, error) from error
         files.sync_directory(self.target.parent)
+        if not self.partial.exists():  # else another run has begun, and the journal is its own
+            self.journal.remove()
         self._close()
-        self.journal.remove()
 
     def _leave(self, *, remove: bool) -> None:
         if remove:
@@ -273,8 +276,7 @@ class FileSink(_OpenFile):
 
     def _stop_syncing(self) -> None:
         self._closing.set()
-        if self._syncer.is_alive():
-            self._syncer.join()
+        self._syncer.wait_out()
 
     def _close(self) -> None:
         self._stop_syncing()
@@ -314,7 +316,9 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
                 hint="choose another output; cq never overwrites what it reads",
                 code="plan.output_is_input",
             )
-    if os.path.exists(target) and not os.path.isfile(target):  # never raises, whatever the name
+    if (os.path.exists(target) and not os.path.isfile(target)) or shown.endswith(
+        os.sep
+    ):  # never raises, whatever the name
         raise PlanError(
             f"`{shown}` is not a regular file",
             where=shown,
@@ -340,6 +344,7 @@ class StreamSink(_OpenFile):
     def __init__(self, checkpoint: Checkpoint, stream: IO[bytes]) -> None:
         super().__init__(checkpoint)
         self._stream = stream
+        self._inputs = checkpoint.inputs
         self._spool: IO[bytes] | None = None
 
     def __enter__(self) -> StreamSink:
@@ -364,10 +369,16 @@ class StreamSink(_OpenFile):
                 raise _no_room(tempfile.gettempdir(), self.header.nbytes_file, error) from error
             if kind is not None:
                 return
+            check_unchanged(self._inputs)
             self._spool.seek(0)
-            while chunk := self._spool.read(1 << 20):
-                self._stream.write(chunk)
-            self._stream.flush()
+            try:
+                while chunk := self._spool.read(1 << 20):
+                    self._stream.write(chunk)
+                self._stream.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as failure:
+                raise _unwritable("stdout", failure) from failure
 
 
 def _exists(shown: str) -> PlanError:

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -154,13 +155,8 @@ class SourceFile:
             self.read_into(raw.numpy().data, offset, tensor=name)
         return raw.view(dtype).view(shape) if part.nbytes else torch.empty(shape, dtype=dtype)
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies the file's contents: size, header digest, and a digest of 64 samples
-        spread over the data.
-
-        The samples tell fine-tunes of one model apart, whose headers are equal, at the cost of 64
-        small reads.
-        """
+    @cached_property
+    def _print(self) -> dict[str, Any]:
         sample = hashlib.sha256()
         span = max(0, self.header.nbytes_data - _SAMPLE_BYTES)
         for i in range(_SAMPLES):
@@ -171,6 +167,15 @@ class SourceFile:
             "header": self.header_digest,
             "sample": "sha256:" + sample.hexdigest(),
         }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the file's contents: size, header digest, and a digest of 64 samples
+        spread over the data.
+
+        The samples tell fine-tunes of one model apart, whose headers are equal, at the cost of 64
+        small reads, once.
+        """
+        return dict(self._print)
 
 
 def not_a_name(shown: str) -> InputError:
@@ -382,6 +387,22 @@ def open_stream(stream: IO[bytes], first: bytes, *, shown: str) -> Source:
         shown=shown,
         spooled=True,
     )
+
+
+def check_unchanged(inputs: Iterable[SourceFile]) -> None:
+    """Check that no input was written to since it was opened.
+
+    Raises: InputError naming the first that was: what was made of it is a mixture.
+    """
+    for file in inputs:
+        stat = os.fstat(file.fileno())
+        if (stat.st_size, stat.st_mtime_ns) != (file.nbytes, file.mtime_ns):
+            raise InputError(
+                f"`{file.shown}` was changed while cq was reading it",
+                where=file.shown,
+                hint="run the command again when nothing writes to it any more",
+                code="input.changed",
+            )
 
 
 def check_fingerprint(source: Source, expected: Mapping[str, Any]) -> None:

@@ -69,7 +69,6 @@ def write(
     settings = local.Settings(workers=workers, memory_limit=memory_limit, on_progress=on_progress)
     started = time.monotonic()
     target = Path(path)
-    digest = manifest.work_digest(checkpoint)
     with FileSink(checkpoint, target, force=force, restart=restart) as sink:
         resumed = len(sink.finished)
         fill(sink, checkpoint, settings)
@@ -80,7 +79,7 @@ def write(
         seconds=time.monotonic() - started,
         parts=len(checkpoint.parts),
         parts_resumed=resumed,
-        digest=digest,
+        digest=sink.digest,
     )
 
 

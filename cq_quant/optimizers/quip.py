@@ -19,7 +19,10 @@ class Quip(Rtn):
 
     name = "quip"
     rotates = True
-    note = "no calibration data: LDLQ with H = I is nearest rounding in the rotated basis"
+    note = (
+        "without calibration data quip rounds each rotated weight to the nearest level"
+        " (LDLQ with H = I)"
+    )
 
 
 PLUG = Quip()

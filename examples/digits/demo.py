@@ -13,12 +13,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from cq.core import catalog
 from examples.digits.contact_sheet import amplified_difference, contact_sheet, psnr
+from examples.digits.decode import decode
 from examples.digits.model import load
 from examples.digits.sample import sample, sheet_classes
 
@@ -26,16 +23,10 @@ HERE = Path(__file__).parent
 GAIN = 8
 
 
-def decode(marker: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    """A quantized layer's float weight, by the format that its marker names."""
-    weight: Tensor = catalog.load("formats", marker["format"]).unpack(tensors, marker)
-    return weight
-
-
 def run_shell(line: str) -> None:
     """Show a command line and run it as a shell does; stop the demo if any step fails."""
     print(f"\n$ {line}", flush=True)
-    cq = f'cq() {{ {shlex.quote(sys.executable)} -m cq.cli.main "$@"; }}'
+    cq = f'cq() {{ {shlex.quote(sys.executable)} -m cq.cli.entry "$@"; }}'
     script = f"set -euo pipefail; {cq}\n{line}"
     finished = subprocess.run(["bash", "-c", script], check=False)
     if finished.returncode:

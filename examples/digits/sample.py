@@ -18,8 +18,9 @@ from torch import Tensor
 
 from examples.digits.contact_sheet import contact_sheet
 from examples.digits.data import CLASSES, conditioning
+from examples.digits.decode import decode
 from examples.digits.lora import merge
-from examples.digits.model import Decode, DigitsFlux, latent_to_image, load, load_weights
+from examples.digits.model import DigitsFlux, latent_to_image, load, load_weights
 
 __all__ = ["load_weights", "main", "sample", "sheet_classes"]
 
@@ -49,8 +50,8 @@ def sheet_classes(per_class: int = 2) -> list[int]:
     return [label for label in range(CLASSES) for _ in range(per_class)]
 
 
-def main(argv: Sequence[str] | None = None, decode: Decode | None = None) -> None:
-    """The command; a caller that can read quantized layers passes `decode`."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
     parser = argparse.ArgumentParser(prog="python -m examples.digits.sample", description=__doc__)
     parser.add_argument("model", nargs="+", type=Path, help="checkpoints, one row each")
     parser.add_argument("-o", "--output", type=Path, required=True, help="PNG to write")

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +39,40 @@ class Settings:
     workers: int | None = None
     memory_limit: int | None = None
     on_progress: Callable[[Progress], None] | None = None
+
+
+class Worker:
+    """A thread that can be waited for although Ctrl-C may come at any moment.
+
+    An interrupted `Thread.join` marks a running thread as ended (CPython before 3.13), and whoever
+    trusts it closes files under the thread's hands.
+    """
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        self._done = threading.Event()
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._done.set()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until the work is done. Raises: KeyboardInterrupt at once."""
+        while not self._done.wait(0.2):  # a wait without end would not see Ctrl-C on all systems
+            pass
+
+    def wait_out(self) -> None:
+        """Wait until the work is done, whatever is pressed; not at all if it never began."""
+        while self._thread.ident is not None and not self._done.is_set():
+            with suppress(KeyboardInterrupt):
+                self._done.wait(0.2)
 
 
 class Stop(Exception):
@@ -79,7 +113,16 @@ def run(
     Raises: the first error of any worker, after the others have stopped; ResourceError before any
     work if a part alone exceeds the budget; KeyboardInterrupt after an orderly stop.
     """
-    limit = settings.memory_limit or memory.default_limit()
+    limit = check_budget(parts, settings.memory_limit)
+    _Runner(parts, work, settings, limit, skip).run()
+
+
+def check_budget(parts: Sequence[Part], memory_limit: int | None) -> int:
+    """The budget in bytes, once it is known that every part fits into it.
+
+    Raises: ResourceError with the figure needed if a part alone exceeds it.
+    """
+    limit = memory.default_limit() if memory_limit is None else memory_limit
     largest = max((part for part in parts), key=lambda p: p.nbytes_peak, default=None)
     if largest is not None and largest.nbytes_peak > limit:
         raise ResourceError(
@@ -88,7 +131,7 @@ def run(
             hint="raise `--memory-limit`",
             code="resource.memory",
         )
-    _Runner(parts, work, settings, limit, skip).run()
+    return limit
 
 
 class _Runner:
@@ -118,21 +161,17 @@ class _Runner:
         self._workers = max(1, min(settings.workers or default_workers(), len(self._queue)))
 
     def run(self) -> None:
-        threads = [
-            threading.Thread(target=self._worker, name=f"cq-{i}", daemon=True)
-            for i in range(self._workers)
-        ]
+        workers = [Worker(self._worker, f"cq-{i}") for i in range(self._workers)]
         with single_threaded_torch(self._computes):
             try:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    while thread.is_alive():  # a bare join would not see Ctrl-C on all systems
-                        thread.join(0.2)
+                for worker in workers:
+                    worker.start()
+                for worker in workers:
+                    worker.wait()
             except KeyboardInterrupt:
                 self._halt()
-                for thread in threads:
-                    thread.join()
+                for worker in workers:
+                    worker.wait_out()
                 raise
         if self._error is not None:
             raise self._error

@@ -1,0 +1,20 @@
+"""The console script's first lines: Ctrl-C is quiet also while Python is still importing."""
+
+from __future__ import annotations
+
+import signal
+
+
+def main() -> None:
+    """Run `cq`. Until it can say more, Ctrl-C ends it as it ends any program."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from cq.cli import main as root
+
+    signal.signal(signal.SIGINT, before)
+    root.main()
+
+
+if __name__ == "__main__":
+    main()
