@@ -107,16 +107,16 @@ def guard(here: Terminal, body: Callable[[], int | None]) -> int:
     try:
         return body() or 0
     except LostReader as error:
-        _abandon_stdout(here)
+        here.abandon(here.stdout)
         return error.exit_code
     except BrokenPipeError:
-        _abandon_stdout(here)  # as in `cq plugins | head -1`: what was wanted was delivered
+        here.abandon(here.stdout)  # as in `cq plugins | head -1`: what was wanted was delivered
         return 0
     except KeyboardInterrupt:
         here.error(Interrupted("interrupted"))
         return Interrupted.exit_code
     except UnwritableStdout as error:
-        _abandon_stdout(here)
+        here.abandon(here.stdout)
         here.error(error)
         return error.exit_code
     except CqError as error:
@@ -150,16 +150,6 @@ def _reportable(error: CqError) -> CqError:
         where=error.where,
         hint="run the command again with `--debug` and report what it prints to the authors of cq",
     )
-
-
-def _abandon_stdout(here: Terminal) -> None:
-    # Python flushes stdout at exit and would complain about the pipe once more.
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, here.stdout.fileno())
-        os.close(null)
-    except (OSError, ValueError, AttributeError):
-        return
 
 
 def open_input(path: str | None, *, what: str = "MODEL") -> Checkpoint:

@@ -12,7 +12,6 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, TextIO, cast
@@ -115,9 +114,20 @@ class Terminal:
             self._complain(text)
 
     def _complain(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # nobody listens any more; the exit code still speaks
+        try:
             self.stderr.write(text + "\n")
             self.stderr.flush()
+        except (OSError, ValueError):  # nobody listens any more; the exit code still speaks
+            self.abandon(self.stderr)
+
+    def abandon(self, stream: IO[Any]) -> None:
+        """Send what is left in `stream` nowhere, or Python would fail over it once more at exit."""
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+        except (OSError, ValueError, AttributeError):
+            return
 
     def error(self, error: CqError) -> None:
         """The one rendering of errors."""
