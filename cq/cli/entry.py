@@ -7,12 +7,10 @@ import signal
 
 def main() -> None:
     """Run `cq`. Until it can say more, Ctrl-C ends it as it ends any program."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from cq.cli import main as root
 
-    signal.signal(signal.SIGINT, before)
     root.main()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from cq.cli.options import guard, use_terminal
 from cq.cli.output import Terminal
 from cq.core import catalog
 from cq.core.engine import memory
-from cq.core.errors import CqError, UsageError
+from cq.core.errors import CqError, Interrupted, UsageError
 from cq.version import VERSION
 
 _HELP = """Quantize diffusion-model checkpoints so that ComfyUI loads them natively.
@@ -112,4 +113,12 @@ def _usage(error: Any) -> UsageError:
 def main() -> None:
     """The console script."""
     memory.keep_freed()
-    sys.exit(run(sys.argv[1:], Terminal()))
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `cq.cli.entry`
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = run(sys.argv[1:], Terminal())
+        # The work is over; what libraries do at exit would trip over a late Ctrl-C.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:  # between two lines of ours, outside the guard
+        code = Interrupted.exit_code
+    sys.exit(code)
