@@ -129,7 +129,8 @@ def _remarks(checkpoint: Checkpoint) -> list[str]:
     counts = {note: sum(n["note"] == note for n in chosen) for note in notes}
     kept = len(checkpoint.notes) - len(chosen)
     return [
-        f"{len(chosen)} layers are quantized, {kept} are kept as they are",
+        f"{len(chosen)} layers are quantized, {kept} are kept as they are;"
+        f" ComfyUI {chosen[0]['first_comfyui']} or newer loads the result",
         *(f"{note} ({count} layers)" for note, count in counts.items()),
     ]
 

@@ -116,6 +116,7 @@ class QuantStage:
             stored = format_plug.tensors(choice.weight, self.scaling)
             note |= {
                 "format": self.format,
+                "first_comfyui": format_plug.first_comfyui,
                 "scaling": self.scaling,
                 "optimizer": self.optimizer,
                 "rotation": group,

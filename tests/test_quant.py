@@ -276,9 +276,17 @@ def test_header_form_says_what_the_markers_say(base: Path, tmp_path: Path) -> No
     assert comfy.HEADER_KEY not in markers_only.metadata
 
 
-def test_layer_markers_read_what_was_written(base: Path, tmp_path: Path) -> None:
+def markers_of(checkpoint: cq.Checkpoint) -> dict[str, dict[str, Any]]:
+    return {
+        name.removesuffix(comfy.MARKER): comfy.parse_marker(checkpoint.read_bytes(name), layer=name)
+        for name in checkpoint.specs
+        if name.endswith(comfy.MARKER)
+    }
+
+
+def test_markers_read_what_was_written(base: Path, tmp_path: Path) -> None:
     cq.write(cq_quant.quantize(cq.open(base)), tmp_path / "out.safetensors")
-    found = comfy.layer_markers(cq.open(tmp_path / "out.safetensors"))
+    found = markers_of(cq.open(tmp_path / "out.safetensors"))
     assert sorted(make.quantized_names("model.diffusion_model.")) == sorted(found)
     assert all(marker == INT8.marker(256) for marker in found.values())
 

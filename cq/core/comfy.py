@@ -108,16 +108,3 @@ def find_quantized(checkpoint: Checkpoint) -> list[Quantized]:
         elif name.endswith(WEIGHT) and DTYPES[spec.dtype].bits <= 8:
             found.setdefault(name.removesuffix(WEIGHT), "dtype")
     return [Quantized(layer, evidence) for layer, evidence in sorted(found.items())]
-
-
-def layer_markers(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Settings of every marked layer as ComfyUI sees them: tensors, overridden by the header form.
-
-    Raises: InputError for a marker that ComfyUI could not read.
-    """
-    found = {}
-    for name in checkpoint.specs:
-        if name.endswith(MARKER):
-            layer = name.removesuffix(MARKER)
-            found[layer] = parse_marker(checkpoint.read_bytes(name), layer=layer)
-    return {**found, **header_layers(checkpoint.metadata)}
