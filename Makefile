@@ -43,11 +43,11 @@ docs: $(STAMP)  ## write the generated reference and completions
 .venv-peer/.ready:
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
-	.venv-peer/bin/pip install --quiet --disable-pip-version-check convert-to-quant==1.3.4 numpy safetensors scipy tqdm triton
+	.venv-peer/bin/pip install --quiet --disable-pip-version-check convert-to-quant==1.3.4 comfy-kitchen==0.2.40 numpy safetensors scipy tqdm triton
 	@touch $@
 
-bench: $(STAMP) .venv-peer/.ready  ## time cq against cp and against the peer from PyPI (about 20 minutes, 10 GB of disk)
-	$(BIN)/python bench/bench.py --dir $(OUT)/bench --peer .venv-peer/bin/ctq --peer-sizes 1,2 \
+bench: $(STAMP) .venv-peer/.ready  ## time cq against cp and against the peer from PyPI (about 30 minutes, 10 GB of disk)
+	$(BIN)/python -m bench.bench --dir $(OUT)/bench --peer .venv-peer/bin/ctq --peer-sizes 1,2 \
 	  --markdown bench/RESULTS.md --json $(OUT)/bench/results.json
 
 clean:  ## remove outputs; the environment stays

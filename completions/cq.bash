@@ -6,34 +6,41 @@ _cq() {
     words='completions merge plugins quant run verify --help --version'
   else
     case $command:$before in
+      completions:--plugin) words= files=1 ;;
       merge:--scale) words= ;;
       merge:--output|merge:-o) words= files=1 ;;
       merge:--workers) words= ;;
       merge:--memory-limit) words= ;;
-      quant:--format) words='int8_tensorwise' ;;
-      quant:--scaling) words='tensor row' ;;
+      merge:--plugin) words= files=1 ;;
+      plugins:--plugin) words= files=1 ;;
+      quant:--format) words='asym_w4a8_int8 awq_w4a16 bf16 convrot_w4a4 float8_e4m3fn float8_e5m2 fp16 fp32 int8_blockwise int8_tensorwise mxfp8 nvfp4' ;;
+      quant:--scaling) words='tensor row block' ;;
       quant:--optimizer) words='quip rtn' ;;
       quant:--rotate) words='auto off 256 64 16' ;;
+      quant:--recipe) words= ;;
       quant:--only) words= ;;
       quant:--skip) words= ;;
       quant:--output|quant:-o) words= files=1 ;;
       quant:--workers) words= ;;
       quant:--memory-limit) words= ;;
+      quant:--plugin) words= files=1 ;;
       run:--output|run:-o) words= files=1 ;;
       run:--workers) words= ;;
       run:--memory-limit) words= ;;
+      run:--plugin) words= files=1 ;;
       verify:--against) words= files=1 ;;
       verify:--min-sqnr) words= ;;
       verify:--max-error) words= ;;
       verify:--workers) words= ;;
       verify:--memory-limit) words= ;;
+      verify:--plugin) words= files=1 ;;
       *) case $command in
-        completions) words='bash zsh fish --quiet -q --debug --help' ;;
-        merge) words='--scale --dampen --no-dampen --allow-unmatched --output -o --force --restart --dry-run --workers --memory-limit --json --quiet -q --debug --help' files=1 ;;
-        plugins) words='--json --quiet -q --debug --help' ;;
-        quant) words='--format --scaling --optimizer --rotate --only --skip --save-quant-metadata --output -o --defer --force --restart --dry-run --workers --memory-limit --json --quiet -q --debug --help' files=1 ;;
-        run) words='--output -o --force --restart --dry-run --workers --memory-limit --json --quiet -q --debug --help' files=1 ;;
-        verify) words='--against --min-sqnr --max-error --header-only --workers --memory-limit --json --quiet -q --debug --help' files=1 ;;
+        completions) words='bash zsh fish --plugin --quiet -q --debug --help' ;;
+        merge) words='--scale --dampen --no-dampen --allow-unmatched --output -o --force --restart --dry-run --workers --memory-limit --json --plugin --quiet -q --debug --help' files=1 ;;
+        plugins) words='--json --plugin --quiet -q --debug --help' ;;
+        quant) words='--format --scaling --optimizer --rotate --no-scale-search --scale-search --recipe --only --skip --requantize --allow-custom-loader --save-quant-metadata --output -o --defer --force --restart --dry-run --workers --memory-limit --json --plugin --quiet -q --debug --help' files=1 ;;
+        run) words='--output -o --force --restart --dry-run --workers --memory-limit --json --plugin --quiet -q --debug --help' files=1 ;;
+        verify) words='--against --min-sqnr --max-error --header-only --workers --memory-limit --json --plugin --quiet -q --debug --help' files=1 ;;
       esac ;;
     esac
   fi

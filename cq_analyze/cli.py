@@ -94,6 +94,10 @@ def _show(report: Report) -> None:
         f"{report.checkpoint}: {report.tensors} tensors, {size(report.nbytes)},"
         f" {formats or 'not quantized'}"
     )
+    needed = [] if report.first_comfyui is None else [f"ComfyUI {report.first_comfyui} or newer"]
+    needed += [f"{loader} for `{name}`" for name, loader in report.custom_loaders.items()]
+    if needed:
+        here.data(f"needs {' and '.join(needed)}")
     for note in report.notes:
         here.data(f"note: {note}")
     if report.fidelity is not None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cq.core.dtypes import TensorSpec
@@ -18,7 +18,14 @@ WORST_TENSORS = 5
 _NUMBER = re.compile(r"([0-9]{1,18})")
 _AGAIN = "quantize the original checkpoint again with `cq quant`"
 _MENDS = {
-    "marker.missing": f"{_AGAIN}, which writes a marker beside every quantized weight",
+    "marker.missing": f"{_AGAIN}, which writes a marker beside every quantized weight; or make this"
+    " one anew with `cq quant --requantize`",
+    "detection.packed": f"{_AGAIN}, which keeps such layers or takes a format that keeps the shape",
+    "embedding.format": f"{_AGAIN}, with `int8_tensorwise` or `float8_e4m3fn` for embedding tables",
+    "experts.format": f"{_AGAIN}, with a format that ComfyUI takes for stacked experts, such as"
+    " `int8_tensorwise`",
+    "experts.rotation": f"{_AGAIN}, which leaves stacked experts unrotated",
+    "names.diffusers": "quantize the checkpoint with the model's own names, as ComfyUI has it",
     "header.invalid": "remove the metadata entry; the `comfy_quant` tensors say the same",
     "header.disagrees": "remove the metadata entry `_quantization_metadata`; ComfyUI lets it"
     " override the `comfy_quant` tensors",
@@ -247,7 +254,11 @@ def gates(layers: Iterable[Layer], min_sqnr: float | None, max_error: float | No
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The result of `verify`. Layers and findings are in natural order of names, whatever computed
-    them: equal checkpoints give equal reports."""
+    them: equal checkpoints give equal reports.
+
+    `first_comfyui` is the first ComfyUI release that knows all formats, None without a format of
+    which that can be said; `custom_loaders` what the other formats need, by format.
+    """
 
     checkpoint: str
     against: str | None
@@ -257,6 +268,8 @@ class Report:
     layers: tuple[Layer, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    first_comfyui: str | None = None
+    custom_loaders: Mapping[str, str] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     unquantized: Unquantized | None = None
     gates: tuple[Gate, ...] = ()
@@ -284,6 +297,8 @@ class Report:
             "tensors": self.tensors,
             "nbytes": self.nbytes,
             "formats": self.formats,
+            "first_comfyui": self.first_comfyui,
+            "custom_loaders": dict(self.custom_loaders),
             "findings": [found.to_dict() for found in self.findings],
             "gates": [gate.to_dict() for gate in self.gates],
             "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),

@@ -11,39 +11,39 @@ Source: ComfyUI `comfy/utils.py:convert_old_quants` (the header form overrides m
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cq.core import catalog, comfy, select
+from cq.core import catalog, comfy, recipe, select, stored
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Format
+from cq.core.stored import Stored, is_code, is_scale
 from cq.core.text import printable
 from cq_analyze.report import Finding, finding, natural
 
 _MAX_MARKER_BYTES = 1 << 20
 _MARKER_LOCAL = comfy.MARKER.removeprefix(".")
 _LEGACY_SCALE = "scale_weight"
-_OTHER_SCALES = frozenset({_LEGACY_SCALE, "scale_input", "input_scale", "pre_quant_scale"})
-_LEGACY_KEY = "scaled_fp8"
+_READ_IT = "`cq quant --requantize` reads it, and `cq quant --format bf16` makes it plain again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
     """A layer with a marker or an entry in the header, as ComfyUI sees it.
 
-    `stored` are its tensors by local name, without the marker. `format` is None where the marker
-    names none that is known; `sound` says that nothing is wrong with the layer so far.
+    `specs` are its tensors by local name, without the marker. `format` is None where the marker
+    names none that ComfyUI knows; `stored` says how to decode it, None if something is wrong with
+    it.
     """
 
     layer: str
     settings: Mapping[str, Any]
-    stored: Mapping[str, TensorSpec]
+    specs: Mapping[str, TensorSpec]
     format: Format | None
-    sound: bool
+    stored: Stored | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,23 +57,13 @@ class Structure:
     coded: frozenset[str]
 
 
-def is_scale(local: str) -> bool:
-    """Whether a tensor of a quantized layer holds scales, by its local name.
-
-    >>> [n for n in ("weight", "bias", "weight_scale", "input_scale") if is_scale(n)]
-    ['weight_scale', 'input_scale']
-    """
-    return local.startswith(("weight_scale", "weight_s_")) or local in _OTHER_SCALES
-
-
-def is_code(local: str) -> bool:
-    """Whether a tensor of a quantized layer is part of its stored weight (so the bias is not)."""
-    return local.startswith("weight") or is_scale(local)
-
-
 def examine(checkpoint: Checkpoint) -> Structure:
     """Everything that can be judged before a weight is read."""
-    tensors = _by_layer(checkpoint.specs)
+    names = stored.by_layer(checkpoint)
+    tensors = {
+        layer: {local: checkpoint.specs[name] for local, name in own.items()}
+        for layer, own in names.items()
+    }
     findings: list[Finding] = []
     header = _header(checkpoint, findings)
     markers = _markers(checkpoint, findings)
@@ -85,12 +75,18 @@ def examine(checkpoint: Checkpoint) -> Structure:
             findings.append(finding("header.disagrees", layer, fault))
         if layer in markers or "weight" in own:
             settings = header.get(layer, markers.get(layer))
-            marked.append(_marked(layer, settings, own, findings))
+            marked.append(_marked(layer, settings, own, names[layer], findings))
     notes, unmarked = _unmarked(checkpoint, tensors, {m.layer for m in marked}, findings)
+    notes += _custom(marked)
     if not marked and not unmarked:
         notes.insert(0, "the checkpoint is not quantized: no layer has a `comfy_quant` marker")
+    model = comfy.diffusers_model(checkpoint.specs)
+    if model is not None and (marked or unmarked):
+        told = f"the layers have the names of diffusers ({model}), which ComfyUI renames"
+        told += " without their markers and scales: it would compute with raw codes"
+        findings.append(finding("names.diffusers", None, told))
     coded = {
-        f"{layer}.{local}"
+        names[layer][local]
         for layer in [*(m.layer for m in marked), *unmarked]
         for local in tensors.get(layer, {})
         if is_code(local) or local == _MARKER_LOCAL
@@ -101,14 +97,6 @@ def examine(checkpoint: Checkpoint) -> Structure:
         notes=tuple(notes),
         coded=frozenset(coded),
     )
-
-
-def _by_layer(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, TensorSpec]]:
-    found: dict[str, dict[str, TensorSpec]] = defaultdict(dict)
-    for name, spec in specs.items():
-        layer, _, local = name.rpartition(".")
-        found[layer][local] = spec
-    return dict(found)
 
 
 def _header(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, dict[str, Any]]:
@@ -167,39 +155,106 @@ def _marked(
     layer: str,
     settings: Mapping[str, Any] | None,
     own: Mapping[str, TensorSpec],
+    names: Mapping[str, str],
     findings: list[Finding],
 ) -> Marked:
     plug = None if settings is None else _format(layer, settings.get("format"), findings)
-    sound = False
+    readable = None
     if plug is not None and settings is not None:
-        faults = [finding(slug, layer, told) for slug, told in plug.check(own, settings)]
+        faults = [finding(slug, layer, told) for slug, told in _faults(layer, plug, own, settings)]
         weight = own.get("weight")
         if not faults and (weight is None or weight.numel == 0):
             faults.append(finding("weight.missing", layer, "has no weight, or an empty one"))
+        if not faults:
+            clue = stored.Clue(
+                layer=layer, settings=settings, tensors=own, names=names, evidence="marker"
+            )
+            try:
+                readable = stored.resolve(clue, "")
+            except InputError as error:
+                told = error.message.partition(" cannot be read: ")[2]
+                faults.append(finding("layer.unreadable", layer, f"cannot be decoded: {told}"))
         findings += faults
-        sound = not faults
-    return Marked(layer=layer, settings=settings or {}, stored=own, format=plug, sound=sound)
+        findings += [
+            finding(slug, layer, told) for slug, told in _misplaced(layer, plug, own, settings)
+        ]
+    return Marked(layer=layer, settings=settings or {}, specs=own, format=plug, stored=readable)
+
+
+def _faults(
+    layer: str, plug: Format, own: Mapping[str, TensorSpec], settings: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """What the format finds wrong; of stacked experts, in each of them."""
+    if not _stacked(layer, own):
+        return list(plug.check(own, settings))
+    experts = own["weight"].shape[0]
+    unstacked = [
+        (
+            "scale.shape",
+            f"has a `{local}` of shape {list(spec.shape)}, not one for each of its"
+            f" {experts} experts",
+        )
+        for local, spec in own.items()
+        if local.startswith("weight") and spec.shape[:1] != (experts,)
+    ]
+    return unstacked or list(plug.check(stored.matrix_specs(own), settings))
+
+
+def _stacked(layer: str, own: Mapping[str, TensorSpec]) -> bool:
+    weight = own.get("weight")
+    return weight is not None and len(weight.shape) == 3 and recipe.has_role(layer, "experts")
+
+
+def _misplaced(
+    layer: str, plug: Format, own: Mapping[str, TensorSpec], settings: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    """Formats on layers where ComfyUI cannot take them, most often without a word."""
+    found = []
+    if recipe.has_role(layer, "detection") and not plug.keeps_shape:
+        told = f"is stored as `{plug.name}`, which may change its shape, by which ComfyUI tells the"
+        found.append(("detection.packed", f"{told} model"))
+    if recipe.has_role(layer, "embedding") and not plug.embeddings:
+        told = f"is an embedding table stored as `{plug.name}`, which ComfyUI takes for linear"
+        found.append(("embedding.format", f"{told} layers only"))
+    if _stacked(layer, own):
+        if not plug.experts:
+            told = f"holds stacked experts as `{plug.name}`, which ComfyUI does not take for them"
+            found.append(("experts.format", told))
+        elif plug.rotation == "optional" and settings.get("convrot"):
+            told = "holds stacked experts that are rotated; ComfyUI 0.33 drops their rotation flag"
+            found.append(("experts.rotation", told))
+    return found
+
+
+def _custom(marked: list[Marked]) -> list[str]:
+    """A note on each format that no released ComfyUI loads."""
+    plugs = {m.format.name: m.format for m in marked if m.format is not None}
+    return [
+        f"no released ComfyUI loads `{name}`; it needs {plug.loader or 'a loader for it'}"
+        for name, plug in sorted(plugs.items())
+        if plug.first_comfyui is None and not plug.casts
+    ]
 
 
 def _format(layer: str, name: object, findings: list[Finding]) -> Format | None:
     if name is None:
-        findings.append(finding("marker.format", layer, "has a marker without a `format`"))
+        told = "has a marker without a `format`, which ComfyUI refuses"
+        findings.append(finding("marker.format", layer, told, mend=_READ_IT))
         return None
     known = catalog.names("formats")
-    if not isinstance(name, str) or name not in known:
-        shown = printable(str(name))
-        findings.append(
-            finding(
-                "marker.format",
-                layer,
-                f"has the format `{shown}`, which this cq does not know",
-                mend=select.nearest(shown, known)
-                or "this cq knows " + ", ".join(f"`{n}`" for n in known),
-            )
-        )
-        return None
-    plug: Format = catalog.load("formats", name)
-    return plug
+    if isinstance(name, str) and name in known:
+        plug: Format = catalog.load("formats", name)
+        return plug
+    shown, meant = printable(str(name)), stored.format_of(name)
+    if meant is not None:
+        told = f"has the format `{shown}`, another tool's word for `{meant}`, which ComfyUI does"
+        findings.append(finding("marker.format", layer, f"{told} not know", mend=_READ_IT))
+    else:
+        told = f"has the format `{shown}`, which this cq does not know"
+        mend = select.nearest(shown, known)
+        mend = mend or "this cq knows " + ", ".join(f"`{n}`" for n in known)
+        findings.append(finding("marker.format", layer, told, mend=mend))
+    return None
 
 
 def _unmarked(
@@ -210,7 +265,7 @@ def _unmarked(
 ) -> tuple[list[str], list[str]]:
     """Notes, and the layers that look quantized without saying so."""
     legacy = comfy.HEADER_KEY not in checkpoint.metadata and any(
-        _LEGACY_KEY in own for own in tensors.values()
+        stored.SCALED_FP8 in own for own in tensors.values()
     )
     plain = converted = 0
     layers = []
@@ -218,8 +273,12 @@ def _unmarked(
     for layer in sorted((found.layer for found in by_shape), key=natural):
         if layer in marked:
             continue
-        own = tensors[layer]
-        weight = own["weight"]
+        own = tensors.get(layer, {})
+        weight = own.get("weight")
+        if weight is None:
+            told = "holds codes of GPTQ, AWQ or nunchaku, which ComfyUI does not read"
+            findings.append(finding("marker.missing", layer, told))
+            continue
         scales = [local for local in own if is_scale(local)]
         if weight.dtype.startswith("F8") and not scales:
             plain += 1  # read at face value, so nothing is lost; not coded

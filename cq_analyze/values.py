@@ -7,19 +7,22 @@ how near that is to a reference. Works part by part through the engine, in bound
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cq.core.checkpoint import Checkpoint, Part, Piece
-from cq.core.comfy import MARKER, WEIGHT
+from cq.core.comfy import MARKER
+from cq.core.dequantize import Decoder
 from cq.core.dtypes import DTYPES, TensorSpec
 from cq.core.engine import local
+from cq.core.rows import Rows
 from cq.core.source import largest_cut
+from cq.core.stored import Stored, is_scale, matrix_specs
 from cq_analyze.metrics import Sums, pooled, sums
-from cq_analyze.reference import Reference, Rows, segments
+from cq_analyze.reference import Reference
 from cq_analyze.report import Comparison, Finding, finding
-from cq_analyze.structure import Marked, Structure, is_code, is_scale
+from cq_analyze.structure import Structure
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +30,6 @@ if TYPE_CHECKING:
 # A wrong decoding (a lost rotation, foreign scales) is off by as much as the weight itself;
 # rounding, even to two bits, is not.
 _UNLIKE = 0.5
-# Per element of a segment: codes as float32, scaled, rotated, and a rotation's block
-_BYTES_PER_ELEMENT = 4 + 4 + 4 + 4
 _BYTES_METRICS = 1 << 20
 
 
@@ -74,8 +75,8 @@ def _tasks(
 ) -> Iterator[_Task]:
     done: set[str] = set()
     for marked in structure.marked:
-        if marked.sound and marked.format is not None:
-            layer = _Layer(checkpoint, marked, reference)
+        if marked.stored is not None:
+            layer = _Layer(checkpoint, marked.stored, reference)
             task = layer.part()
             done.update(task.tensors)
             yield _Task(task, layer.inspect)
@@ -99,7 +100,7 @@ def _tells(name: str, spec: TensorSpec, structure: Structure, reference: Referen
 
 
 def _may_be_nonfinite(dtype: str) -> bool:
-    return DTYPES[dtype].is_float or dtype.startswith(("F8_E4M3", "F8_E5M2"))
+    return DTYPES[dtype].is_float or dtype.startswith("F8_")
 
 
 def _nonfinite(tensor: torch.Tensor) -> int:
@@ -122,9 +123,9 @@ class _ScaleFault:
         self._not_positive = 0
 
     def add(self, scale: torch.Tensor) -> None:
-        """Count in `scale`. A block scale in 8 bits is zero for a block of zeros."""
+        """Count in `scale`. Block scales, which have fewer bits, are zero for equal weights."""
         self._nonfinite += _nonfinite(scale)
-        bad = scale.float() < 0 if scale.element_size() == 1 else scale <= 0
+        bad = scale.float() < 0 if scale.element_size() < 4 else scale <= 0
         self._not_positive += int(bad.sum())
 
     def finding(self, name: str) -> Finding | None:
@@ -143,149 +144,89 @@ class _Layer:
     """A sound layer: its scales are checked, its weight is decoded and compared."""
 
     checkpoint: Checkpoint
-    marked: Marked
+    stored: Stored
     reference: Reference | None
 
     @property
-    def weight(self) -> str:
-        return self.marked.layer + WEIGHT
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The tensors that make up the weight, by full name."""
-        return {
-            f"{self.marked.layer}.{name}": spec
-            for name, spec in self.marked.stored.items()
-            if is_code(name)
-        }
-
-    @property
-    def held(self) -> bool:
-        """Whether codes must be held until their scales come, because one part produces both."""
-        return any(
-            n in self.specs for n in self.checkpoint.part(self.weight).tensors if n != self.weight
-        )
+    def _weight(self) -> str:
+        return self.stored.names["weight"]
 
     def part(self) -> Part:
         """The task as the engine sees it."""
-        specs, source = self.specs, self.checkpoint.part(self.weight)
-        nbytes_scales = sum(spec.nbytes for name, spec in specs.items() if name != self.weight)
-        nbytes = source.nbytes_peak + 2 * nbytes_scales + _BYTES_METRICS
-        if self.held:
-            nbytes += specs[self.weight].nbytes
-        elements = largest_cut(specs[self.weight])
-        found = None if self.reference is None else self.reference.find(self.weight)
+        names = self.stored.names
+        found = None if self.reference is None else self.reference.find(self._weight)
+        decoder = Decoder(self.checkpoint, self.stored, self.stored.shape)
+        # A decoded segment and what became of it, and the reference's share of it
+        elements = largest_cut(TensorSpec("F32", self.stored.shape))
+        nbytes = decoder.nbytes_peak + _BYTES_METRICS + 2 * 4 * elements
         if self.reference is not None and found is not None:
-            nbytes += self.reference.nbytes_peak(found)
-            elements = max(elements, largest_cut(self.reference.spec(found)))
+            nbytes += (
+                self.reference.nbytes_peak(found) + largest_cut(self.reference.spec(found)) * 8
+            )
         return Part(
-            tensors=specs,
-            nbytes_peak=nbytes + elements * _BYTES_PER_ELEMENT,
-            produce=source.produce,
+            tensors={name: self.stored.tensors[own] for own, name in names.items()},
+            nbytes_peak=nbytes,
+            produce=self.checkpoint.part(self._weight).produce,
         )
 
     def inspect(self, job: local.Job) -> Outcome:
         """The scales, then the weight segment by segment."""
-        segments, others = self._read()
-        faults: list[Finding] = []
-        for name, whole in others.items():
-            if is_scale(name.rpartition(".")[2]) and _may_be_nonfinite(self.specs[name].dtype):
+        layer = self.stored.layer
+        rows, shape, mismatch = self._counterpart()
+        decoder = Decoder(self.checkpoint, self.stored, shape)
+        segments, beside = decoder.read()
+        faults = list(self._scale_faults(beside))
+        if faults:
+            return Outcome(findings=tuple(faults), layer=layer)
+        total, faults = self._decode(job, decoder.rows(segments, beside), rows)
+        faults += [] if mismatch is None else [mismatch]
+        return Outcome(findings=tuple(faults), layer=layer, fidelity=total)
+
+    def _scale_faults(self, beside: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
+        for own, whole in beside.items():
+            if is_scale(own) and _may_be_nonfinite(self.stored.tensors[own].dtype):
                 checked = _ScaleFault()
                 checked.add(whole)
-                fault = checked.finding(name)
-                faults += [] if fault is None else [fault]
-        if faults:
-            return Outcome(findings=tuple(faults), layer=self.marked.layer)
-        rows, mismatch = self._counterpart()
-        total, faults = self._decode(job, segments, others, rows)
-        faults += [] if mismatch is None else [mismatch]
-        return Outcome(findings=tuple(faults), layer=self.marked.layer, fidelity=total)
+                fault = checked.finding(self.stored.names[own])
+                if fault is not None:
+                    yield fault
 
-    def _read(self) -> tuple[Iterable[torch.Tensor], dict[str, torch.Tensor]]:
-        """The weight's segments, and the whole tensors beside it; each part is produced once."""
-        import torch
-
-        weight_part = self.checkpoint.part(self.weight)
-        pieces: dict[str, list[torch.Tensor]] = {name: [] for name in self.specs}
-        parts = {id(part): part for part in map(self.checkpoint.part, self.specs)}
-        if not self.held:
-            del parts[id(weight_part)]
-        for part in parts.values():
-            for piece in local.checked(part):
-                if piece.name in pieces:
-                    pieces[piece.name].append(piece.tensor)
-        codes = pieces.pop(self.weight)
-        others = {n: p[0] if len(p) == 1 else torch.cat(p) for n, p in pieces.items()}
-        return (codes if self.held else segments(weight_part, self.weight)), others
-
-    def _counterpart(self) -> tuple[Rows | None, Finding | None]:
-        """The reference's rows of this weight, or why there are none to compare with."""
+    def _counterpart(self) -> tuple[Rows | None, tuple[int, ...], Finding | None]:
+        """The reference's rows of this weight, or why there are none to compare with; and the
+        weight's shape, which the reference knows without padding."""
+        layer, own = self.stored.layer, self.stored.shape
         if self.reference is None:
-            return None, None
-        found = self.reference.find(self.weight)
+            return None, own, None
+        found = self.reference.find(self._weight)
         if found is None:
-            return None, finding("reference.missing", self.marked.layer, "is not in the reference")
-        spec, own = self.reference.spec(found), self.specs[self.weight]
-        if len(spec.shape) != 2 or spec.shape[0] != own.shape[0]:
-            return None, self._other_shape(list(own.shape), spec)
-        return self.reference.rows(found), None
-
-    def _other_shape(self, own: list[int], other: TensorSpec) -> Finding:
-        told = f"has the shape {own}, but {list(other.shape)} in the reference"
-        return finding("reference.shape", self.marked.layer, told)
+            return None, own, finding("reference.missing", layer, "is not in the reference")
+        spec = self.reference.spec(found)
+        if spec.shape == own or _is_padded(self.stored, spec):
+            return self.reference.rows(found), spec.shape, None
+        told = f"has the shape {list(own)}, but {list(spec.shape)} in the reference"
+        return None, own, finding("reference.shape", layer, told)
 
     def _decode(
-        self,
-        job: local.Job,
-        segments: Iterable[torch.Tensor],
-        others: dict[str, torch.Tensor],
-        rows: Rows | None,
+        self, job: local.Job, segments: Iterable[torch.Tensor], rows: Rows | None
     ) -> tuple[Sums | None, list[Finding]]:
-        """Decode every segment; the sums against the reference, if the comparison is sound."""
-        start = nonfinite = 0
+        """Look at every decoded segment; the sums against the reference, if there is one."""
+        nonfinite = 0
         found: list[Sums] = []
-        for codes in segments:
+        for value in segments:
             if job.stop.is_set():
                 raise local.Stop
-            bad, features, measured = self._segment(codes, start, others, rows)
-            if rows is not None and measured is None:
-                assert self.reference is not None
-                other = self.reference.spec(self.reference.find(self.weight) or self.weight)
-                own = [self.specs[self.weight].shape[0], features]
-                return None, [self._other_shape(own, other)]
-            nonfinite += bad
-            found += [] if measured is None else [measured]
-            start += codes.shape[0]
+            nonfinite += _nonfinite(value)
+            if rows is not None:
+                found.append(sums(rows.like(value), value))
         if nonfinite:
             told = f"decodes to {nonfinite} values that are not finite"
-            return None, [finding("values.range", self.marked.layer, told)]
+            return None, [finding("values.range", self.stored.layer, told)]
         return (None, []) if rows is None else self._judged(pooled(found))
-
-    def _segment(
-        self, codes: torch.Tensor, start: int, others: dict[str, torch.Tensor], rows: Rows | None
-    ) -> tuple[int, int, Sums | None]:
-        """Of the rows from `start` on: how many values are not finite, K, and the sums.
-
-        The sums are None if there is nothing of that K to compare with.
-
-        A function of its own, so that one segment's float tensors are gone before the next's come.
-        """
-        assert self.marked.format is not None
-        total_rows, stop = self.specs[self.weight].shape[0], start + codes.shape[0]
-        stored = {"weight": codes}
-        for name, tensor in others.items():
-            by_row = tensor.shape[:1] == (total_rows,)
-            stored[name.rpartition(".")[2]] = tensor[start:stop] if by_row else tensor
-        value = self.marked.format.unpack(stored, self.marked.settings)
-        expected = None if rows is None else rows.like(value)
-        comparable = expected is not None and expected.shape == value.shape
-        measured = sums(expected, value) if expected is not None and comparable else None
-        return _nonfinite(value), value.shape[1], measured
 
     def _judged(self, total: Sums) -> tuple[Sums | None, list[Finding]]:
         if not math.isfinite(total.reference_energy):
             told = "has values in the reference that are not finite"
-            return None, [finding("reference.nonfinite", self.marked.layer, told)]
+            return None, [finding("reference.nonfinite", self.stored.layer, told)]
         if total.relative_error <= _UNLIKE:
             return total, []
         cosine = "" if total.cosine is None else f", cosine {total.cosine:.3f}"
@@ -293,7 +234,24 @@ class _Layer:
             "decodes to something else than the reference's weight"
             f" (relative error {total.relative_error:.3g}{cosine})"
         )
-        return total, [finding("values.unlike", self.marked.layer, told)]
+        return total, [finding("values.unlike", self.stored.layer, told)]
+
+
+def _is_padded(stored: Stored, reference: TensorSpec) -> bool:
+    """Whether the stored weight is the reference's with padding."""
+    weight, plug = stored.weight, stored.format
+    if len(reference.shape) != len(weight.shape) or len(weight.shape) not in {2, 3}:
+        return False
+    if len(weight.shape) == 3:
+        if reference.shape[0] != weight.shape[0]:
+            return False
+        reference = TensorSpec(reference.dtype, reference.shape[1:])
+    own = matrix_specs(stored.tensors)["weight"].shape
+    return any(
+        plug.refuse(reference, scaling, None) is None
+        and plug.tensors(reference, scaling)["weight"].shape == own
+        for scaling in plug.scalings
+    )
 
 
 @dataclass(frozen=True, slots=True)

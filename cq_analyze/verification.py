@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cq.core import comfy
+from cq.core import comfy, recipe
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import DTYPES
 from cq.core.engine import local
 from cq.core.errors import PlanError, UsageError
 from cq.core.source import check_unchanged
+from cq.core.stored import SMOOTHING, is_code
 from cq_analyze import structure, values
 from cq_analyze.reference import Reference
 from cq_analyze.report import (
@@ -72,6 +73,8 @@ def verify(
         layers=tuple(layers),
         findings=_ordered(judged.findings),
         notes=judged.notes,
+        first_comfyui=_first_comfyui(judged),
+        custom_loaders=_custom_loaders(judged),
     )
     if header_only:
         return report
@@ -135,8 +138,34 @@ def _shown(checkpoint: Checkpoint) -> str:
     return ", ".join(source.shown for source in checkpoint.sources)
 
 
+def _first_comfyui(judged: Structure) -> str | None:
+    """The first ComfyUI release that reads all marked layers but those of custom loaders."""
+    releases = set()
+    for marked in judged.marked:
+        if marked.format is None or marked.format.first_comfyui is None:
+            continue
+        releases.add(marked.format.first_comfyui)
+        if recipe.has_role(marked.layer, "embedding"):
+            releases.add("0.30.0" if marked.settings.get("convrot") else "0.21.0")
+        if "weight" in marked.specs and len(marked.specs["weight"].shape) == 3:
+            releases.add("0.23.0")
+        if SMOOTHING in marked.specs:
+            releases.add("0.30.0")
+    return max(releases, key=natural, default=None)
+
+
+def _custom_loaders(judged: Structure) -> dict[str, str]:
+    """What loads the formats that no released ComfyUI does, by format."""
+    plugs = [m.format for m in judged.marked if m.format is not None]
+    return {
+        plug.name: plug.loader or "a loader of its own"
+        for plug in sorted(plugs, key=lambda plug: plug.name)
+        if plug.first_comfyui is None and not plug.casts
+    }
+
+
 def _layer(marked: Marked) -> Layer:
-    stored = {k: v for k, v in marked.stored.items() if structure.is_code(k)}
+    stored = {k: v for k, v in marked.specs.items() if is_code(k)}
     return Layer(
         layer=marked.layer,
         format=None if marked.format is None else marked.format.name,
@@ -166,7 +195,7 @@ def _lost_biases(judged: Structure, reference: Reference) -> list[Finding]:
     return [
         finding("bias.missing", marked.layer, "has no bias, but the reference has one")
         for marked in judged.marked
-        if "bias" not in marked.stored and reference.find(f"{marked.layer}.bias") is not None
+        if "bias" not in marked.specs and reference.find(f"{marked.layer}.bias") is not None
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,15 +31,25 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         format: Annotated[
-            str, typer.Option("--format", metavar="NAME", help="How weights are stored.")
+            str,
+            typer.Option(
+                "--format", metavar="NAME", help="How weights are stored; `cq plugins` lists them."
+            ),
         ] = "int8_tensorwise",
         scaling: Annotated[
             str | None,
-            typer.Option("--scaling", metavar="tensor|row", help="How far one scale reaches."),
+            typer.Option(
+                "--scaling", metavar="tensor|row|block", help="How far one scale reaches."
+            ),
         ] = None,
         optimizer: Annotated[
-            str, typer.Option("--optimizer", metavar="NAME", help="How weights are rounded.")
-        ] = "quip",
+            str | None,
+            typer.Option(
+                "--optimizer",
+                metavar="NAME",
+                help="How weights are rounded; default quip where the format can be rotated.",
+            ),
+        ] = None,
         rotate: Annotated[
             str,
             typer.Option(
@@ -47,14 +58,39 @@ def register(app: typer.Typer) -> None:
                 help="Largest ConvRot group; auto is as the optimizer works.",
             ),
         ] = "auto",
+        scale_search: Annotated[
+            bool,
+            typer.Option(
+                "--scale-search/--no-scale-search",
+                help="Choose 4-bit scales of least error, or as the largest weight asks.",
+            ),
+        ] = True,
+        recipe: Annotated[
+            str | None,
+            typer.Option("--recipe", metavar="FILE", help="Rules for single layers, as JSON."),
+        ] = None,
         only: Annotated[
             list[str] | None,
-            typer.Option("--only", metavar="PATTERN", help="Quantize these layers; repeatable."),
+            typer.Option(
+                "--only",
+                metavar="PATTERN[=FORMAT]",
+                help="Quantize these layers alone, in FORMAT if named; repeatable.",
+            ),
         ] = None,
         skip: Annotated[
             list[str] | None,
             typer.Option("--skip", metavar="PATTERN", help="Keep these layers; repeatable."),
         ] = None,
+        requantize: Annotated[
+            bool,
+            typer.Option("--requantize", help="Dequantize a quantized checkpoint first."),
+        ] = False,
+        allow_custom_loader: Annotated[
+            bool,
+            typer.Option(
+                "--allow-custom-loader", help="Allow formats that no released ComfyUI loads."
+            ),
+        ] = False,
         save_quant_metadata: Annotated[
             bool,
             typer.Option("--save-quant-metadata", help="Write the markers to the header as well."),
@@ -72,12 +108,13 @@ def register(app: typer.Typer) -> None:
         """Quantize the linear layers of a checkpoint so that ComfyUI loads it natively.
 
         Without -o it writes NAME-FORMAT.safetensors beside the source. PATTERN is a glob over layer
-        names, or a regular expression after `re:`.
+        names, or a regular expression after `re:`. The formats bf16, fp16 and fp32 are plain casts
+        of all tensors; on a quantized checkpoint they undo the quantization.
 
         \b
           cq quant flux.safetensors
           cq merge flux.safetensors style.safetensors:0.8 | cq quant -o out.safetensors
-          cq quant flux.safetensors --skip 'single_blocks.37.*' --dry-run
+          cq quant flux.safetensors --only '*.img_mlp.*=nvfp4' --only '*' --dry-run
         """
         from cq.cli.deliver import Delivery, deliver
         from cq_quant.stage import quantize
@@ -91,8 +128,12 @@ def register(app: typer.Typer) -> None:
             scaling=scaling,
             optimizer=optimizer,
             rotate=rotate,
+            scale_search=scale_search,
+            recipe=recipe or (),
             only=only or (),
             skip=skip or (),
+            requantize=requantize,
+            allow_custom_loader=allow_custom_loader,
             save_quant_metadata=save_quant_metadata,
         )
         if output is None and not defer:
@@ -124,14 +165,18 @@ def default_output(checkpoint: Checkpoint, format_name: str) -> str:
 
 def _remarks(checkpoint: Checkpoint) -> list[str]:
     """What was decided, in a sentence, and what a user should know of how it was."""
+    from cq.core import catalog
+    from cq.core.formats import loaded_by
+
     chosen = [n for n in checkpoint.notes if n["action"] == "quantize"]
-    notes = dict.fromkeys(n["note"] for n in chosen if n["note"])
-    counts = {note: sum(n["note"] == note for n in chosen) for note in notes}
+    formats = Counter(n["format"] for n in chosen)
+    notes = Counter(n["note"] for n in chosen if n["note"])
     kept = len(checkpoint.notes) - len(chosen)
+    told = ", ".join(f"{count} {name}" for name, count in formats.most_common())
     return [
-        f"{len(chosen)} layers are quantized, {kept} are kept as they are;"
-        f" ComfyUI {chosen[0]['first_comfyui']} or newer loads the result",
-        *(f"{note} ({count} layers)" for note, count in counts.items()),
+        f"{len(chosen)} tensors are stored anew ({told}), {kept} are kept as they are;"
+        f" {loaded_by(catalog.load('formats', name) for name in formats)} loads the result",
+        *(f"{note} ({count} layers)" for note, count in notes.items()),
     ]
 
 
@@ -141,7 +186,7 @@ def _rows(notes: Any) -> Iterator[tuple[str, ...]]:
     groups: dict[tuple[str, ...], list[Any]] = {}
     for note in notes:
         becomes = (
-            f"{note['format']} {note['scaling']} {note['optimizer']}"
+            " ".join(filter(None, (note["format"], note["scaling"], note["optimizer"])))
             if note["action"] == "quantize"
             else f"kept as {note['dtype']}"
         )

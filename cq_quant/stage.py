@@ -1,30 +1,27 @@
-"""The quantize stage: which layers, in which format, and the parts that compute them.
+"""The quantize stage: which layers, in which formats.
 
-Owns the meeting of recipe, format and optimizer. Plans from specs alone; torch only inside parts.
+Owns the meeting of recipe, format and optimizer in a plan, from specs alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from cq.core import catalog, comfy, recipe, rotation, select
-from cq.core.checkpoint import Checkpoint, Part, Piece, Stage, constant_part, narrowed
+from cq.core.checkpoint import Checkpoint, Part, Stage, narrowed
+from cq.core.dequantize import Dequantize
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError, PlanError, UsageError
 from cq.core.formats import Format
-from cq.core.grid import Grid
-from cq.core.source import largest_cut
+from cq.core.recipe import How, Rule
+from cq.core.stored import describe
+from cq_quant.layer import Layer, LayerPlan
 from cq_quant.optimizers import Optimizer
 
-if TYPE_CHECKING:
-    import torch
-
 ROTATIONS = ("auto", "off", "256", "64", "16")
-# float32 rows, the two steps of their rotation, the scaled copy, and codes twice: the segment
-# before is still in the hands of the writer
-_BYTES_PER_ELEMENT = 4 + 4 + 4 + 4 + 1 + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,182 +31,140 @@ class QuantStage:
     name: ClassVar[str] = "quant"
 
     format: str = "int8_tensorwise"
-    scaling: str = "row"
-    optimizer: str = "quip"
+    scaling: str | None = None
+    optimizer: str | None = None
     rotate: str = "auto"
+    scale_search: bool = True
+    rules: tuple[Rule, ...] = field(default=())
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    allow_custom_loader: bool = False
     save_quant_metadata: bool = False
 
     def arguments(self) -> dict[str, Any]:
         """The fields as plain JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        found["rules"] = [rule.to_dict() for rule in self.rules]
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Stage:
         """The stage of a manifest. Raises: InputError for an unknown or ill-typed argument."""
         defaults = {f.name: f.default for f in fields(cls)}
         select.refuse_unknown(arguments, defaults, "the quant stage")
-        values = {key: _typed(key, value, defaults[key]) for key, value in arguments.items()}
-        return cls(**values)
+        return cls(**{key: _typed(key, value, defaults[key]) for key, value in arguments.items()})
 
     def apply(self, source: Checkpoint) -> Checkpoint:
         """The quantized checkpoint. Raises: PlanError with the reason if it cannot be."""
-        format_plug: Format = catalog.load("formats", self.format)
-        optimizer: Optimizer = catalog.load("optimizers", self.optimizer)
-        _check_scaling(format_plug, self.scaling)
-        largest = _largest_group(self.rotate, optimizer)
         _refuse_quantized(source)
-
-        def refuse(weight: TensorSpec) -> str | None:
-            return format_plug.refuse(weight, self.scaling, _group(weight, largest))
-
-        choices = recipe.choose(source.specs, only=self.only, skip=self.skip, refuse=refuse)
-        quantized = {c.layer + comfy.WEIGHT: c for c in choices if c.quantize}
+        resolver = _Resolver(self)
+        default = resolver.default()
+        choices = recipe.choose(
+            source.specs,
+            default,
+            rules=self.rules,
+            only=self.only,
+            skip=self.skip,
+            refuse=resolver.refuse,
+        )
+        planned = (
+            Layer(source, choice.name, resolver.plan(choice.weight, choice.how))
+            for choice in choices
+            if choice.how is not None
+        )
+        # A cast to the dtype that a tensor has already leaves it to be copied, unread.
+        layers = {o.name: o for o in planned if o.tensors() != {o.name: o.weight}}
+        _refuse_diffusers(source, layers.values())
         parts: list[Part] = []
         for part in source.parts:
-            chosen = [name for name in part.tensors if name in quantized]
+            chosen = [name for name in part.tensors if name in layers]
             if not chosen:
                 parts.append(part)
+                continue
             for name in chosen:
-                layer = quantized[name].layer
-                group = _group(part.tensors[name], largest)
-                job = _Layer(source, layer, format_plug, self.scaling, optimizer, group)
-                parts += [job.part(), job.marker_part()]
-            rest = [name for name in part.tensors if name not in quantized]
-            if chosen and rest:
+                parts += layers[name].parts()
+            rest = [name for name in part.tensors if name not in layers]
+            if rest:
                 parts.append(narrowed(part, rest))
         return source.after(
             self,
             parts=tuple(parts),
-            metadata=self._metadata(source, quantized, format_plug, largest),
-            notes=tuple(self._note(c, format_plug, optimizer, largest) for c in choices),
+            metadata=self._metadata(source, layers.values()),
+            notes=tuple(_note(choice, layers.get(choice.name)) for choice in choices),
         )
 
-    def _metadata(
-        self,
-        source: Checkpoint,
-        quantized: Mapping[str, recipe.Choice],
-        format_plug: Format,
-        largest: int,
-    ) -> Mapping[str, str]:
+    def _metadata(self, source: Checkpoint, layers: Any) -> Mapping[str, str]:
         if not self.save_quant_metadata:
             return source.metadata
-        layers = {
-            c.layer: format_plug.marker(_group(c.weight, largest)) for c in quantized.values()
-        }
-        return {**source.metadata, comfy.HEADER_KEY: comfy.header_value(layers)}
-
-    def _note(
-        self, choice: recipe.Choice, format_plug: Format, optimizer: Optimizer, largest: int
-    ) -> dict[str, Any]:
-        note: dict[str, Any] = {
-            "layer": choice.layer,
-            "shape": list(choice.weight.shape),
-            "dtype": choice.weight.dtype,
-            "action": "quantize" if choice.quantize else "keep",
-            "reason": choice.reason,
-            "nbytes": choice.weight.nbytes,
-        }
-        if choice.quantize:
-            group = _group(choice.weight, largest)
-            stored = format_plug.tensors(choice.weight, self.scaling)
-            note |= {
-                "format": self.format,
-                "first_comfyui": format_plug.first_comfyui,
-                "scaling": self.scaling,
-                "optimizer": self.optimizer,
-                "rotation": group,
-                "note": _rotation_note(choice.weight, group, largest) or optimizer.note,
-                "nbytes_after": sum(spec.nbytes for spec in stored.values()),
-            }
-        return note
+        marked = {layer.name.removesuffix(comfy.WEIGHT): layer.marker() for layer in layers}
+        settings = {name: marker for name, marker in marked.items() if marker}
+        return {**source.metadata, comfy.HEADER_KEY: comfy.header_value(settings)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's quantization: from the source's weight to the stored tensors."""
+class _Resolver:
+    """Names to plugs, and the settings that a rule left open to those that a format and an
+    optimizer go best with."""
 
-    source: Checkpoint
-    layer: str
-    format: Format
-    scaling: str
-    optimizer: Optimizer
-    group: int | None
+    def __init__(self, stage: QuantStage) -> None:
+        self._stage = stage
 
-    def part(self) -> Part:
-        """The stored tensors of the layer, without the marker."""
-        weight = self.source.specs[self.layer + comfy.WEIGHT]
-        stored = self.format.tensors(weight, self.scaling)
-        nbytes_segment = largest_cut(weight) * _BYTES_PER_ELEMENT
-        nbytes_scales = 2 * sum(spec.nbytes for name, spec in stored.items() if name != "weight")
-        nbytes_source = self.source.part(self.layer + comfy.WEIGHT).nbytes_peak
-        return Part(
-            tensors={f"{self.layer}.{name}": spec for name, spec in stored.items()},
-            nbytes_peak=2 * nbytes_source + nbytes_segment + nbytes_scales,
-            produce=self.produce,
+    def default(self) -> How:
+        """What layers without a rule get; checked, so that an error names the option."""
+        stage = self._stage
+        how = How(
+            format=stage.format,
+            scaling=stage.scaling,
+            optimizer=stage.optimizer,
+            rotate=stage.rotate,
         )
+        self._settings(how)
+        return how
 
-    def marker_part(self) -> Part:
-        """The layer's `comfy_quant` tensor."""
-        return constant_part(
-            self.layer + comfy.MARKER, comfy.marker_bytes(self.format.marker(self.group))
-        )
+    def _settings(self, how: How) -> tuple[Format, str, Optimizer | None, int]:
+        """Format, scaling, optimizer and the largest rotation group, 0 for none."""
+        format_plug: Format = catalog.load("formats", how.format)
+        self._see_loader(format_plug)
+        scaling = _scaling(format_plug, how.scaling)
+        if format_plug.casts:
+            return format_plug, scaling, None, 0
+        name = how.optimizer or _optimizer_for(format_plug)
+        assert name is not None
+        optimizer: Optimizer = catalog.load("optimizers", name)
+        return format_plug, scaling, optimizer, _largest_group(how.rotate, format_plug, optimizer)
 
-    def produce(self) -> Iterator[Piece]:
-        """Quantize row segment by row segment; the scales come last, when all are known."""
-        import torch
+    def _see_loader(self, plug: Format) -> None:
+        if plug.first_comfyui is None and not plug.casts and not self._stage.allow_custom_loader:
+            raise PlanError(
+                f"no released ComfyUI loads the format `{plug.name}`",
+                hint=f"add `--allow-custom-loader` if yours has {plug.loader or 'a loader for it'}",
+                code="plan.custom_loader",
+            )
 
-        grid = self.format.grid(self.scaling)
-        shared = self._shared_scales(grid) if grid.scaling == "tensor" else None
-        found: list[torch.Tensor] = []
-        for piece in self.source.pieces(self.layer + comfy.WEIGHT):
-            codes, scales = self.optimizer.fit(self._rows(piece), grid, shared)
-            if shared is None:
-                self._check_finite(scales)
-            found.append(scales)
-            yield Piece(piece.name, piece.start, self.format.pack(codes))
-        scales = shared if shared is not None else torch.cat(found)
-        for name, tensor in self.format.pack_scales(scales).items():
-            yield Piece(f"{self.layer}.{name}", 0, tensor)
+    def refuse(self, layer: str, weight: TensorSpec, how: How) -> str | None:
+        """Why the layer cannot be stored so."""
+        format_plug, scaling, _, largest = self._settings(how)
+        if format_plug.casts:
+            return None
+        if recipe.has_role(layer, "embedding") and not format_plug.embeddings:
+            return "ComfyUI takes embedding tables in fp8 and int8 only"
+        if recipe.has_role(layer, "detection") and not format_plug.keeps_shape:
+            return "ComfyUI tells the model by this weight's shape, which the format may change"
+        if len(weight.shape) == 3:
+            if not format_plug.experts:
+                return "ComfyUI does not take it for stacked experts"
+            weight = TensorSpec(weight.dtype, weight.shape[1:])
+        return format_plug.refuse(weight, scaling, _group(weight, largest, format_plug))
 
-    def _rows(self, piece: Piece) -> torch.Tensor:
-        """The piece's rows in float32, in the basis that is rounded in."""
-        rows = piece.tensor.float()
-        return rows if self.group is None else rotation.rotate(rows, self.group)
-
-    def _shared_scales(self, grid: Grid) -> torch.Tensor:
-        import torch
-
-        # A scale for all rows needs all rows first: the layer is read twice, never held.
-        pieces = self.source.pieces(self.layer + comfy.WEIGHT)
-        largest = torch.stack([grid.absmax(self._rows(piece)) for piece in pieces]).amax(0)
-        scales = grid.scales(largest)
-        self._check_finite(scales)
-        return scales
-
-    def _check_finite(self, scales: torch.Tensor) -> None:
-        """A scale is non-finite exactly if a weight that it reaches is."""
-        import torch
-
-        if torch.isfinite(scales).all():
-            return
-        name = self.layer + comfy.WEIGHT
-        nan = infinite = 0
-        for piece in self.source.pieces(name):
-            nan += int(torch.isnan(piece.tensor).sum())
-            infinite += int(torch.isinf(piece.tensor).sum())
-        shown = self.source.sources[0].shown
-        what = (
-            f"holds {nan} NaN and {infinite} infinite values"
-            if nan or infinite
-            else "overflows float32 when it is rotated"
-        )
-        raise InputError(
-            f"tensor `{name}` of `{shown}` {what}",
-            where=name,
-            hint=f"mend the checkpoint, or keep the layer as it is with `--skip {self.layer}`",
-            code="input.nonfinite",
+    def plan(self, weight: TensorSpec, how: How | None) -> LayerPlan:
+        """The plan of a layer that is not refused."""
+        assert how is not None
+        format_plug, scaling, optimizer, largest = self._settings(how)
+        return LayerPlan(
+            format=format_plug,
+            scaling=scaling,
+            optimizer=optimizer,
+            group=_group(weight, largest, format_plug),
+            search=self._stage.scale_search,
         )
 
 
@@ -218,64 +173,150 @@ def quantize(
     *,
     format: str = "int8_tensorwise",
     scaling: str | None = None,
-    optimizer: str = "quip",
+    optimizer: str | None = None,
     rotate: str = "auto",
+    scale_search: bool = True,
+    recipe: str | os.PathLike[str] | Sequence[Rule] = (),
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
+    requantize: bool = False,
+    allow_custom_loader: bool = False,
     save_quant_metadata: bool = False,
 ) -> Checkpoint:
     """A checkpoint whose linear layers are stored quantized; nothing is computed yet.
 
-    `scaling` None is the format's default. `rotate` is `auto` (as the optimizer works), `off`, or
-    the largest ConvRot group; a layer whose K it does not divide takes the next smaller one, or
-    none. `only` and `skip` are patterns over layer names. With `save_quant_metadata` the markers
-    stand in the header as well.
+    `scaling` None is the format's default, `optimizer` None is `quip` where the format stores
+    rotated weights and `rtn` elsewhere. `rotate` is `auto` (as the optimizer works), `off`, or the
+    largest ConvRot group; a layer whose K it does not divide takes the next smaller one, or none.
+    `scale_search` chooses scales of least error where that pays, rather than the largest weight's.
+    `recipe` is a file or rules for single layers; `only` and `skip` are patterns over layer names,
+    in `only` also `PATTERN=FORMAT`. A format that is a plain dtype applies to all tensors and
+    undoes a quantization; with `requantize` a quantized checkpoint is dequantized first. With
+    `save_quant_metadata` the markers stand in the header as well.
 
     Raises: PlanError if the checkpoint is quantized already, a pattern matches nothing, or there is
-    nothing to quantize.
+    nothing to quantize; InputError for a recipe that is none.
     """
-    if scaling is None:
-        scaling = catalog.load("formats", format).scalings[0]
-    stage = QuantStage(
+    from cq.core.recipe import load_recipe
+
+    rules = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
+    plug: Format = catalog.load("formats", format)
+    stage = QuantStage(  # with the defaults spelt out, so that a file's history says what was done
         format=format,
-        scaling=scaling,
-        optimizer=optimizer,
+        scaling=scaling or plug.scalings[0],
+        optimizer=optimizer or _optimizer_for(plug),
         rotate=rotate,
+        scale_search=scale_search,
+        rules=rules,
         only=tuple(only),
         skip=tuple(skip),
+        allow_custom_loader=allow_custom_loader,
         save_quant_metadata=save_quant_metadata,
     )
+    if comfy.find_quantized(checkpoint) and (requantize or plug.casts):
+        return _again(checkpoint, stage)
     return stage.apply(checkpoint)
 
 
+def _again(checkpoint: Checkpoint, stage: QuantStage) -> Checkpoint:
+    """`stage` after a dequantization: exact where weights are rounded again; layers that are kept
+    this time come back in the dtype that they had, not in float32."""
+    plain = Dequantize().apply(checkpoint)
+    were = {note["layer"] for note in plain.notes}
+    model = stage.apply(plain)
+    kept = sorted(n["layer"] for n in model.notes if n["action"] == "keep" and n["layer"] in were)
+    if not kept:
+        return model
+    return stage.apply(Dequantize(kept=tuple(kept)).apply(checkpoint))
+
+
 def _typed(key: str, value: Any, default: Any) -> Any:
+    if key == "rules" and isinstance(value, list):
+        return tuple(
+            Rule.from_dict(rule, where=f"rule {i + 1} of the quant stage")
+            for i, rule in enumerate(value)
+        )
     if isinstance(default, tuple):
         if isinstance(value, list) and all(isinstance(v, str) for v in value):
             return tuple(value)
-    elif type(value) is type(default):
+    elif type(value) is type(default) or (default is None and isinstance(value, str)):
         return value
     raise InputError(
         f"the quant stage's argument `{key}` cannot be `{value!r}`", code="input.manifest"
     )
 
 
-def _check_scaling(format_plug: Format, scaling: str) -> None:
-    if scaling not in format_plug.scalings:
+def _note(choice: recipe.Choice, layer: Layer | None) -> dict[str, Any]:
+    note: dict[str, Any] = {
+        "layer": choice.layer if choice.name.endswith(comfy.WEIGHT) else choice.name,
+        "shape": list(choice.weight.shape),
+        "dtype": choice.weight.dtype,
+        "action": "keep" if layer is None else "quantize",
+        "reason": choice.reason,
+        "nbytes": choice.weight.nbytes,
+    }
+    if layer is None:
+        return (
+            note if choice.how is None else note | {"reason": f"is {choice.weight.dtype} already"}
+        )
+    plan = layer.plan
+    stored = layer.tensors().values()
+    return note | {
+        "format": plan.format.name,
+        "first_comfyui": plan.format.first_comfyui,
+        "scaling": plan.scaling,
+        "optimizer": None if plan.optimizer is None else plan.optimizer.name,
+        "rotation": plan.group,
+        "note": _remark(layer, choice.how),
+        "nbytes_after": sum(spec.nbytes for spec in stored),
+    }
+
+
+def _remark(layer: Layer, how: How | None) -> str | None:
+    plan, columns = layer.plan, layer.matrix.shape[-1:]
+    if plan.optimizer is None or how is None:
+        return None
+    largest = _largest_group(how.rotate, plan.format, plan.optimizer)
+    if largest and plan.group != largest:
+        instead = "is not rotated" if plan.group is None else f"takes rotation group {plan.group}"
+        return f"K={columns[0]} is not a multiple of {largest}, so it {instead}"
+    return plan.optimizer.note
+
+
+def _optimizer_for(plug: Format) -> str | None:
+    """The optimizer that a format goes best with; None for a plain dtype, which needs none."""
+    if plug.casts:
+        return None
+    return "rtn" if plug.rotation == "never" else "quip"
+
+
+def _scaling(plug: Format, scaling: str | None) -> str:
+    if scaling is None:
+        return plug.scalings[0]
+    if scaling not in plug.scalings:
         raise PlanError(
-            f"format `{format_plug.name}` has no scaling `{scaling}`",
-            hint="it has " + " and ".join(f"`{s}`" for s in format_plug.scalings),
+            f"format `{plug.name}` has no scaling `{scaling}`",
+            hint="it has " + " and ".join(f"`{s}`" for s in plug.scalings),
             code="plan.scaling",
         )
+    return scaling
 
 
-def _largest_group(rotate: str, optimizer: Optimizer) -> int:
+def _largest_group(rotate: str, plug: Format, optimizer: Optimizer) -> int:
     """The largest rotation group that layers may take; 0 for no rotation."""
     if rotate not in ROTATIONS:
         raise UsageError(
             f"there is no rotation `{rotate}`", hint="choose from " + ", ".join(ROTATIONS)
         )
-    if rotate == "auto":
-        return rotation.GROUPS[0] if optimizer.rotates else 0
+    if plug.rotation == "never":
+        if optimizer.rotates or rotate not in {"auto", "off"}:
+            asks = f"optimizer `{optimizer.name}`" if optimizer.rotates else f"`--rotate {rotate}`"
+            raise PlanError(
+                f"{asks} needs the rotated basis, which the format `{plug.name}` does not store",
+                hint="use `--optimizer rtn`, or a format that stores it, such as int8_tensorwise",
+                code="plan.rotate",
+            )
+        return 0
     if rotate == "off":
         if optimizer.rotates:
             raise UsageError(
@@ -283,21 +324,24 @@ def _largest_group(rotate: str, optimizer: Optimizer) -> int:
                 hint="use `--optimizer rtn` for the original basis, or leave `--rotate` out",
                 code="usage.rotate",
             )
+        if plug.rotation == "always":
+            raise PlanError(
+                f"the format `{plug.name}` is always rotated",
+                hint="leave `--rotate` out",
+                code="plan.rotate",
+            )
         return 0
+    if rotate == "auto":
+        return rotation.GROUPS[0] if optimizer.rotates or plug.rotation == "always" else 0
     return int(rotate)
 
 
-def _group(weight: TensorSpec, largest: int) -> int | None:
-    if not largest or len(weight.shape) != 2:
+def _group(weight: TensorSpec, largest: int, plug: Format) -> int | None:
+    if len(weight.shape) == 3 and plug.rotation == "optional":
+        return None  # ComfyUI drops the rotation's flag for stacked experts
+    if not largest or len(weight.shape) not in {2, 3}:
         return None
-    return rotation.group_for(weight.shape[1], largest)
-
-
-def _rotation_note(weight: TensorSpec, group: int | None, largest: int) -> str | None:
-    if not largest or group == largest:
-        return None
-    instead = "is not rotated" if group is None else f"takes rotation group {group}"
-    return f"K={weight.shape[1]} is not a multiple of {largest}, so it {instead}"
+    return rotation.group_for(weight.shape[-1], largest)
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -305,9 +349,24 @@ def _refuse_quantized(source: Checkpoint) -> None:
     if found:
         first = found[0]
         raise PlanError(
-            f"`{source.sources[0].shown}` is quantized already: {len(found)} layers,"
+            f"`{source.sources[0].shown}` is quantized already: {describe(source)},"
             f" such as `{first.layer}` (by its {first.evidence})",
             where=first.layer,
-            hint="start from the unquantized checkpoint; rounding twice adds both errors",
+            hint="start from the unquantized checkpoint, since rounding twice adds both errors;"
+            " or add `--requantize`, or undo the quantization with `--format bf16`",
             code="plan.already_quantized",
+        )
+
+
+def _refuse_diffusers(source: Checkpoint, layers: Any) -> None:
+    model = comfy.diffusers_model(source.specs)
+    quantized = [layer for layer in layers if not layer.plan.format.casts]
+    if model is not None and quantized:
+        raise PlanError(
+            f"`{source.sources[0].shown}` has the layer names of diffusers ({model}), which ComfyUI"
+            " renames while it loads, without the markers and scales of quantized layers: it would"
+            " compute with raw codes and say nothing",
+            where=quantized[0].name,
+            hint="start from the checkpoint with the model's own names, as ComfyUI distributes it",
+            code="plan.diffusers",
         )

@@ -107,7 +107,11 @@ BAD = {
     "not JSON": (lambda p: raw_file(p, b"{nonsense"), 3, "its header is not JSON"),
     "NaN": (spoiled(float("nan")), 3, f"tensor `{WEIGHT}` of `"),
     "infinity": (spoiled(float("inf")), 3, "holds 0 NaN and 1 infinite values"),
-    "already quantized": (quantized, 4, "is quantized already: 16 layers, such as `double_blocks"),
+    "already quantized": (
+        quantized,
+        4,
+        "is quantized already: 16 layers: 16 int8_tensorwise, such",
+    ),
     "integers without a marker": (unmarked, 4, "(by its dtype)"),
     "nothing to quantize": (
         lambda p: save_file({"norm.scale": torch.ones(4)}, p) or p,
@@ -210,7 +214,7 @@ def test_usage_error_is_2_with_a_hint(name: str) -> None:
 
 PLANS = {
     "optimizer": (("quant", BASE, "--optimizer", "qip"), "did you mean `quip`?"),
-    "format": (("quant", BASE, "--format", "int8_tensorwse"), "did you mean `int8_tensorwise`?"),
+    "format": (("quant", BASE, "--format", "int8_tensorwse"), "did you mean `int8_tensorwise`"),
     "scaling": (("quant", BASE, "--scaling", "block"), "it has `row` and `tensor`"),
     "pattern": (("quant", BASE, "--skip", "doubleblocks.*"), "matches no layer"),
     "output is the input": (("quant", BASE, "-o", BASE, "--force"), "is an input"),

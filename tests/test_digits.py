@@ -14,7 +14,6 @@ import cq
 import cq_merge
 import cq_quant
 from examples.digits.contact_sheet import psnr
-from examples.digits.decode import decode
 from examples.digits.model import DigitsFlux, load
 from examples.digits.sample import sample
 from tests.processes import BASE, STYLE
@@ -80,7 +79,7 @@ def test_style_and_digits_survive_merge_and_quantization(
     model = cq_merge.merge(cq.open(BASE), [STYLE])
     out = tmp_path / "out.safetensors"
     cq.write(cq_quant.quantize(model, optimizer=optimizer), out)
-    quantized = images(load(out, decode))
+    quantized = images(load(out))
     assert float(quantized.mean()) > 0.3
     assert psnr(quantized, merged_images) > 35
 

@@ -199,7 +199,8 @@ def test_load_refuses_an_unknown_stage_argument_with_near_names(base: Path) -> N
         {"only": [1]},
         {"save_quant_metadata": "yes"},
         {"save_quant_metadata": 1},
-        {"scaling": None},
+        {"scaling": 3},
+        {"rules": "x"},
         {"optimizer": ["rtn"]},
     ],
 )

@@ -17,6 +17,7 @@ import cq_merge
 import cq_quant
 from cq.core import catalog, comfy, rotation, source
 from cq.core.errors import CqError, InputError, PlanError, UsageError
+from cq.core.formats import decode
 from cq.core.manifest import HISTORY_KEY
 
 LAYER = "blocks.0.attn"
@@ -140,7 +141,7 @@ def test_values_of_stored_tensors_are_bit_equal_to_kitchen(
     else:
         expected = kitchen.dequantize_int8_convrot_weight(codes, scales, group)
     stored = {"weight": codes, "weight_scale": scales}
-    assert make.same(expected, INT8.unpack(stored, marker_of(found)))
+    assert make.same(expected, decode(INT8, stored, marker_of(found)))
 
 
 @pytest.mark.parametrize("size", [4, 16, 64, 256])
@@ -154,7 +155,7 @@ def test_rotation_lowers_the_error_of_a_weight_with_outliers(tmp_path: Path) -> 
     for optimizer in ("rtn", "quip"):
         found = quantized(tmp_path, weight, optimizer=optimizer)
         stored = {"weight": found[WEIGHT], "weight_scale": found[f"{LAYER}.weight_scale"]}
-        value = INT8.unpack(stored, marker_of(found))
+        value = decode(INT8, stored, marker_of(found))
         errors[optimizer] = float((value - weight).norm() / weight.norm())
     assert errors["quip"] < 0.6 * errors["rtn"]
 
@@ -288,7 +289,10 @@ def test_markers_read_what_was_written(base: Path, tmp_path: Path) -> None:
     cq.write(cq_quant.quantize(cq.open(base)), tmp_path / "out.safetensors")
     found = markers_of(cq.open(tmp_path / "out.safetensors"))
     assert sorted(make.quantized_names("model.diffusion_model.")) == sorted(found)
-    assert all(marker == INT8.marker(256) for marker in found.values())
+    assert all(
+        marker == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
+        for marker in found.values()
+    )
 
 
 def test_quantize_takes_shards(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cq
+from cq.core import catalog
 from cq.core.checkpoint import Checkpoint, Part, Piece
 from cq.core.dtypes import spec_of
 from cq.core.errors import PlanError, ResourceError, UsageError
@@ -256,6 +257,198 @@ def test_verify_finds_nothing_in_any_sound_file(
     assert len(report.layers) == len(layers)
 
 
+# Every format
+
+
+STORING = [name for name in catalog.names("formats") if not catalog.load("formats", name).casts]
+EXPERTS = "blocks.0.experts.up"
+
+
+def stored_as(
+    directory: Path, format_name: str, weight: torch.Tensor, layer: str = ROW
+) -> tuple[Tensors, Checkpoint]:
+    """A file's tensors with `layer` in a format, and what it was made from."""
+    bias = make.weight(*weight.shape[:-1], dtype="BF16", seed="bias")
+    base = opened(
+        directory / "base.safetensors", {f"{layer}.weight": weight, f"{layer}.bias": bias}
+    )
+    model = quantize(base, format=format_name, only=[layer], allow_custom_loader=True)
+    return model.read_many(model.specs), base
+
+
+@pytest.mark.parametrize("format_name", STORING)
+@pytest.mark.parametrize("shape", [(192, 256), (183, 250), (1, 768), (900, 4096)])
+def test_verify_passes_every_format(
+    tmp_path: Path, format_name: str, shape: tuple[int, int]
+) -> None:
+    """Padded ones too: the reference knows the shape."""
+    try:
+        tensors, base = stored_as(tmp_path, format_name, make.weight(*shape))
+    except PlanError as error:
+        assert error.code == "plan.nothing"  # the format refuses the shape
+        return
+    report = verify(opened(tmp_path / "m.safetensors", tensors), against=base, max_error=0.2)
+    assert report.passed, report.findings
+    assert report.formats == {format_name: 1}
+    assert report.fidelity is not None and report.fidelity.layers[0].fidelity is not None
+    assert report.fidelity.layers[0].fidelity.count == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize("format_name", STORING)
+def test_verify_finds_nothing_in_layers_of_zeros(tmp_path: Path, format_name: str) -> None:
+    """Nor in rows and blocks of zeros, whose scales have nothing to say."""
+    weight = make.weight(256, 512)
+    weight[:128] = 0
+    weight[:, 256:384] = 0
+    for base_weight in (weight, torch.zeros(256, 512)):
+        tensors, base = stored_as(tmp_path, format_name, base_weight)
+        report = verify(opened(tmp_path / "m.safetensors", tensors), against=base)
+        assert report.passed, report.findings
+
+
+@pytest.mark.parametrize("format_name", STORING)
+def test_verify_passes_stacked_experts_of_every_format_that_has_them(
+    tmp_path: Path, format_name: str
+) -> None:
+    if not catalog.load("formats", format_name).experts:
+        with pytest.raises(PlanError, match="stacked experts"):
+            stored_as(tmp_path, format_name, make.weight(3, 192, 256), EXPERTS)
+        return
+    tensors, base = stored_as(tmp_path, format_name, make.weight(3, 192, 256), EXPERTS)
+    report = verify(opened(tmp_path / "m.safetensors", tensors), against=base, max_error=0.2)
+    assert report.passed, report.findings
+    assert report.fidelity is not None and len(report.fidelity.layers) == 1
+
+
+@pytest.mark.parametrize("format_name", [n for n in STORING if catalog.load("formats", n).experts])
+def test_verify_sees_experts_with_a_scale_too_few(tmp_path: Path, format_name: str) -> None:
+    tensors, _ = stored_as(tmp_path, format_name, make.weight(3, 192, 256), EXPERTS)
+    name = next(name for name in tensors if ".weight_s" in name)
+    tensors[name] = tensors[name][:2].clone()
+    report = verify(opened(tmp_path / "m.safetensors", tensors))
+    assert names(report) == [("scale.shape", EXPERTS)]
+    assert "not one for each of its 3 experts" in report.findings[0].sentence
+
+
+@pytest.mark.parametrize("format_name", STORING)
+def test_verify_names_the_comfyui_that_a_format_needs(tmp_path: Path, format_name: str) -> None:
+    plug = catalog.load("formats", format_name)
+    tensors, _ = stored_as(tmp_path, format_name, make.weight(256, 512))
+    report = verify(opened(tmp_path / "m.safetensors", tensors), header_only=True)
+    assert report.first_comfyui == plug.first_comfyui
+    assert list(report.custom_loaders) == ([] if plug.first_comfyui else [format_name])
+    told = [note for note in report.notes if "no released ComfyUI loads" in note]
+    assert bool(told) == (plug.first_comfyui is None)
+    assert report.passed
+
+
+def test_verify_names_the_newest_comfyui_that_is_needed(tmp_path: Path) -> None:
+    both = {**stored_as(tmp_path, "nvfp4", make.weight(64, 64))[0]}
+    both |= stored_as(tmp_path, "mxfp8", make.weight(64, 64), TENSOR)[0]
+    checkpoint = opened(tmp_path / "m.safetensors", both)
+    assert verify(checkpoint, header_only=True).first_comfyui == "0.18.0"
+    experts = stored_as(tmp_path, "nvfp4", make.weight(2, 64, 64), EXPERTS)[0]
+    checkpoint = opened(tmp_path / "m.safetensors", experts)
+    assert verify(checkpoint, header_only=True).first_comfyui == "0.23.0"
+    both[f"{ROW}.pre_quant_scale"] = torch.ones(64)
+    checkpoint = opened(tmp_path / "m.safetensors", both)
+    assert verify(checkpoint, header_only=True).first_comfyui == "0.30.0"
+
+
+def test_verify_folds_the_smoothing_of_activations(tmp_path: Path) -> None:
+    """What the layer computes is what the reference's layer does."""
+    smoothing = make.weight(64, seed="smoothing").abs() + 0.5
+    weight = make.weight(64, 64)
+    tensors, _ = stored_as(tmp_path, "nvfp4", weight / smoothing)
+    tensors[f"{ROW}.pre_quant_scale"] = smoothing
+    del tensors[f"{ROW}.bias"]
+    base = opened(tmp_path / "b.safetensors", {f"{ROW}.weight": weight})
+    report = verify(opened(tmp_path / "m.safetensors", tensors), against=base, max_error=0.15)
+    assert report.passed, report.findings
+
+
+# Formats where ComfyUI cannot take them
+
+
+def renamed(tensors: Tensors, layer: str, other: str) -> Tensors:
+    return {name.replace(layer, other): tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("format_name", STORING)
+def test_verify_sees_packed_layers_by_which_comfyui_tells_the_model(
+    tmp_path: Path, format_name: str
+) -> None:
+    tensors, _ = stored_as(tmp_path, format_name, make.weight(256, 256))
+    for layer in ("img_in", "model.diffusion_model.txt_in"):
+        other = renamed(tensors, ROW, layer)
+        report = verify(opened(tmp_path / "m.safetensors", other))
+        keeps = catalog.load("formats", format_name).keeps_shape
+        assert names(report) == ([] if keeps else [("detection.packed", layer)])
+
+
+@pytest.mark.parametrize("format_name", STORING)
+def test_verify_sees_embeddings_in_formats_of_linear_layers(
+    tmp_path: Path, format_name: str
+) -> None:
+    tensors, _ = stored_as(tmp_path, format_name, make.weight(256, 256))
+    other = renamed(tensors, ROW, "model.embed_tokens")
+    report = verify(opened(tmp_path / "m.safetensors", other))
+    takes = catalog.load("formats", format_name).embeddings
+    assert names(report) == ([] if takes else [("embedding.format", "model.embed_tokens")])
+
+
+def test_verify_sees_rotated_experts(tmp_path: Path) -> None:
+    tensors, _ = stored_as(tmp_path, "int8_tensorwise", make.weight(2, 64, 64), EXPERTS)
+    tensors[f"{EXPERTS}.comfy_quant"] = int8(64)
+    report = verify(opened(tmp_path / "m.safetensors", tensors))
+    assert names(report) == [("experts.rotation", EXPERTS)]
+
+
+def test_verify_sees_experts_in_a_format_that_has_none(tmp_path: Path) -> None:
+    format_name = next(n for n in STORING if not catalog.load("formats", n).experts)
+    tensors, _ = stored_as(tmp_path, format_name, make.weight(256, 256))
+    stacked = {
+        name.replace(ROW, EXPERTS): tensor if name.endswith("quant") else torch.stack([tensor] * 2)
+        for name, tensor in tensors.items()
+    }
+    report = verify(opened(tmp_path / "m.safetensors", stacked))
+    assert names(report) == [("experts.format", EXPERTS)]
+
+
+def test_verify_sees_the_names_of_diffusers(tmp_path: Path) -> None:
+    tensors = quantized()
+    tensors["x_embedder.weight"] = make.weight(8, 8)
+    tensors["single_transformer_blocks.0.attn.to_q.weight"] = make.weight(8, 8)
+    report = verify(opened(tmp_path / "m.safetensors", tensors))
+    assert names(report) == [("names.diffusers", None)]
+    plain = {**reference(), **{k: v for k, v in tensors.items() if k not in quantized()}}
+    assert verify(opened(tmp_path / "p.safetensors", plain)).passed
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        ("int8_axiswise", "another tool's word for `int8_tensorwise`"),
+        ("float8_e4m3fn_rowwise", "another tool's word for `float8_e4m3fn`"),
+        ("hybrid_mxfp8", "another tool's word for `mxfp8`"),
+    ],
+)
+def test_verify_says_how_to_read_what_only_other_tools_load(
+    tmp_path: Path, label: str, told: str
+) -> None:
+    tensors = {**quantized(), f"{ROW}.comfy_quant": marker(format=label)}
+    (found,) = verify(opened(tmp_path / "m.safetensors", tensors)).findings
+    assert (found.name, found.layer) == ("marker.format", ROW)
+    assert told in found.sentence
+    assert "--requantize" in found.mend and "--format bf16" in found.mend
+
+
+def test_verify_sees_codes_of_other_tools(tmp_path: Path) -> None:
+    tensors = {**quantized(), "a.qweight": torch.ones(8, 8, dtype=torch.int32)}
+    report = verify(opened(tmp_path / "m.safetensors", tensors))
+    assert names(report) == [("marker.missing", "a")]
+
+
 # Faults: each gives its finding and no other
 
 
@@ -314,7 +507,8 @@ FAULTS: dict[str, tuple[str, Callable[[Tensors], None]]] = {
         "marker.format",
         _set(comfy_quant=marker(convrot=True, per_row=True)),
     ),
-    "unknown format": ("marker.format", _set(comfy_quant=marker(format="int8_blockwise"))),
+    "unknown format": ("marker.format", _set(comfy_quant=marker(format="svdquant_w4a4"))),
+    "another tool's word": ("marker.format", _set(comfy_quant=marker(format="int8_axiswise"))),
     "format not a string": ("marker.format", _set(comfy_quant=marker(format=["x"]))),
     "no scale": ("scale.missing", _set(weight_scale=None)),
     "half scale": ("scale.dtype", _scale(torch.Tensor.half)),

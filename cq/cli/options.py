@@ -2,8 +2,8 @@
 body.
 
 A command module offers `register(app)` and decorates its function with `command(app, …)`, which
-adds `--json`, `-q` and `--debug` and turns everything that can go wrong into one message and an
-exit code.
+adds `--json`, `-q`, `--plugin` and `--debug` and turns everything that can go wrong into one
+message and an exit code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
 
@@ -50,11 +50,19 @@ MemoryLimit = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before writing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk and no progress on stderr.")]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE",
+        help="Import a module or FILE.py that brings formats; repeatable.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback with an error.")]
 
 # Options whose values are plug names, for completion without running Python.
 PLUG_OPTIONS = {"--format": "formats", "--optimizer": "optimizers"}
-FILE_OPTIONS = frozenset({"--output", "-o", "--against"})
+FILE_OPTIONS = frozenset({"--output", "-o", "--against", "--plugin"})
 
 
 def terminal() -> Terminal:
@@ -74,7 +82,12 @@ def command(
     have."""
 
     def decorate(function: Callable[..., int | None]) -> Callable[..., int]:
-        added = {**({"json": Json} if json else {}), "quiet": Quiet, "debug": Debug}
+        added = {
+            **({"json": Json} if json else {}),
+            "plugin": Plugin,
+            "quiet": Quiet,
+            "debug": Debug,
+        }
 
         @functools.wraps(function)
         def guarded(*args: Any, **kwargs: Any) -> int:
@@ -82,11 +95,22 @@ def command(
             here.quiet = kwargs.pop("quiet")
             here.debug = kwargs.pop("debug") or bool(os.environ.get("CQ_DEBUG"))
             here.json = kwargs.pop("json", False)
-            return guard(here, lambda: function(*args, **kwargs))
+            plugins: list[str] = kwargs.pop("plugin") or []
+
+            def body() -> int | None:
+                load_plugins(plugins)
+                return function(*args, **kwargs)
+
+            return guard(here, body)
 
         signature = inspect.signature(function, eval_str=True)
         parameters = [
-            inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
+            inspect.Parameter(
+                n,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None if n == "plugin" else False,
+                annotation=a,
+            )
             for n, a in added.items()
         ]
         guarded.__signature__ = signature.replace(  # type: ignore[attr-defined]
@@ -97,6 +121,16 @@ def command(
         return guarded
 
     return decorate
+
+
+def load_plugins(names: Iterable[str]) -> None:
+    """Import the modules that `--plugin` names, so that the catalogue has their formats."""
+    for name in names:
+        from cq.layouts.kitchen import left_out
+        from cq.layouts.plugin import load_plugin
+
+        with left_out():  # commands store, they do not compute with what they have stored
+            load_plugin(name)
 
 
 def guard(here: Terminal, body: Callable[[], int | None]) -> int:

@@ -22,6 +22,8 @@ from cq.core.errors import PlanError
 
 KINDS = ("formats", "optimizers", "adapters", "models", "stages", "commands")
 
+_registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
 
 @cache
 def _found(kind: str) -> dict[str, tuple[str, EntryPoint | None]]:
@@ -64,11 +66,13 @@ def _entries(kind: str) -> Iterator[tuple[str, str, EntryPoint]]:
 
 def names(kind: str) -> tuple[str, ...]:
     """The names of all plugs of `kind`, sorted; nothing is imported but their packages."""
-    return tuple(_found(kind))
+    return tuple(sorted({*_found(kind), *_registered[kind]}))
 
 
 def origin(kind: str, name: str) -> str:
     """Where the plug lies: a module path, or a file."""
+    if name in _registered[kind]:
+        return type(_registered[kind][name]).__module__
     return _found(kind)[name][0]
 
 
@@ -77,7 +81,29 @@ def load(kind: str, name: str) -> Any:
 
     Raises: PlanError with near names if there is none, or if importing it fails.
     """
-    found = _found(kind)
+    if name in _registered[kind]:
+        return _registered[kind][name]
+    check(kind, name)
+    place, entry = _found(kind)[name]
+    try:
+        if entry is not None and ":" in entry.value:
+            found = entry.load()
+            # What is a plug only with something around it, such as a layout, says so by `as_plug`.
+            return found.as_plug() if hasattr(found, "as_plug") else found
+        if place.endswith(".toml"):
+            return tomllib.loads(Path(place).read_text(encoding="utf-8"))
+        return importlib.import_module(place).PLUG
+    except (ImportError, AttributeError, tomllib.TOMLDecodeError) as error:
+        raise PlanError(
+            f"the plug `{name}` (`{place}`) cannot be loaded: {error}",
+            hint="update or uninstall the package that offers it",
+            code="plan.plug_broken",
+        ) from error
+
+
+def check(kind: str, name: str) -> None:
+    """See that there is a plug `name` of `kind`. Raises: PlanError with near names if not."""
+    found = names(kind)
     if name not in found:
         near = difflib.get_close_matches(name, found, n=3)
         singular = kind.removesuffix("s")
@@ -90,16 +116,17 @@ def load(kind: str, name: str) -> Any:
             ),
             code=f"plan.no_{singular}",
         )
-    place, entry = found[name]
-    try:
-        if entry is not None and ":" in entry.value:
-            return entry.load()
-        if place.endswith(".toml"):
-            return tomllib.loads(Path(place).read_text(encoding="utf-8"))
-        return importlib.import_module(place).PLUG
-    except (ImportError, AttributeError, tomllib.TOMLDecodeError) as error:
+
+
+def register(kind: str, name: str, plug: Any) -> None:
+    """Add a plug of this process, such as one that `--plugin` brought.
+
+    Raises: PlanError if another plug has the name.
+    """
+    if name in _found(kind) or _registered[kind].get(name, plug) is not plug:
         raise PlanError(
-            f"the plug `{name}` (`{place}`) cannot be loaded: {error}",
-            hint="update or uninstall the package that offers it",
-            code="plan.plug_broken",
-        ) from error
+            f"there is a {kind.removesuffix('s')} `{name}` already",
+            hint="give yours another name",
+            code="plan.plug_twice",
+        )
+    _registered[kind][name] = plug

@@ -9,7 +9,7 @@ Source: ComfyUI `comfy/ops.py:_load_quantized_module` (JSON bytes of a U8 tensor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ MARKER = ".comfy_quant"
 WEIGHT = ".weight"
 HEADER_KEY = "_quantization_metadata"
 _SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_scale_2", ".weight_s_rel")
+_FOREIGN_CODES = ".qweight"
 
 
 def marker_bytes(settings: Mapping[str, Any]) -> bytes:
@@ -82,7 +83,7 @@ def header_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A layer found quantized: its name and what shows it (`marker`, `header`, `scale` or
+    """A layer found quantized: its name and what shows it (`marker`, `header`, `scale`, `codes` or
     `dtype`)."""
 
     layer: str
@@ -93,8 +94,8 @@ def find_quantized(checkpoint: Checkpoint) -> list[Quantized]:
     """The layers that are quantized already, by names and dtypes alone.
 
     Anything that stores a weight as codes counts: ComfyUI's markers in either form, scales beside a
-    weight, and weights in 8-bit dtypes (also plain FP8 casts, whose lost precision no optimizer
-    brings back).
+    weight, weights in 8-bit dtypes (also plain FP8 casts, whose lost precision no optimizer brings
+    back), and the `qweight` of GPTQ, AWQ and nunchaku. `cq.core.stored` says how they are stored.
     """
     found: dict[str, str] = dict.fromkeys(header_layers(checkpoint.metadata), "header")
     specs = checkpoint.specs
@@ -105,6 +106,35 @@ def find_quantized(checkpoint: Checkpoint) -> list[Quantized]:
             layer = name[: name.rindex(".")]
             if layer + WEIGHT in specs:
                 found.setdefault(layer, "scale")
-        elif name.endswith(WEIGHT) and DTYPES[spec.dtype].bits <= 8:
+        elif name.endswith(_FOREIGN_CODES):
+            found.setdefault(name.removesuffix(_FOREIGN_CODES), "codes")
+        elif name.endswith(WEIGHT) and DTYPES[spec.dtype].bits <= 8 and spec.dtype != "BOOL":
             found.setdefault(name.removesuffix(WEIGHT), "dtype")
     return [Quantized(layer, evidence) for layer, evidence in sorted(found.items())]
+
+
+# A name that only files of that layout have, each the test by which ComfyUI itself decides to
+# rename; the second name keeps models apart that share the first.
+_DIFFUSERS = {
+    "Flux": ("single_transformer_blocks.0.attn.to_q.weight", "x_embedder.weight"),
+    "SD3": ("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight"),
+    "AuraFlow": ("joint_transformer_blocks.0.attn.add_k_proj.weight", ""),
+    "PixArt": ("adaln_single.emb.timestep_embedder.linear_1.bias", "pos_embed.proj.bias"),
+    "Z-Image": ("noise_refiner.0.attention.norm_k.weight", ""),
+    "a U-Net": ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight"),
+}
+
+
+def diffusers_model(names: Iterable[str]) -> str | None:
+    """The model whose layers have the names of the diffusers library, or None.
+
+    ComfyUI renames the weights and biases of such a file, not the markers and scales of quantized
+    layers. Source: ComfyUI `comfy/model_detection.py` (`convert_diffusers_mmdit`,
+    `unet_config_from_diffusers_unet`).
+    """
+    have = set(names)
+    for model, (first, second) in _DIFFUSERS.items():
+        for prefix in ("", "transformer.", "model.diffusion_model."):
+            if prefix + first in have and (not second or prefix + second in have):
+                return model
+    return None

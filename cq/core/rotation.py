@@ -63,8 +63,10 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     if group != 256:
-        return torch.mm(weight.reshape(-1, group), hadamard(group)).view(weight.shape)
-    h16 = hadamard(16)
+        return torch.mm(weight.reshape(-1, group), hadamard(group).to(weight.device)).view(
+            weight.shape
+        )
+    h16 = hadamard(16).to(weight.device)
     tiles = torch.mm(weight.reshape(-1, 16), h16).view(-1, 16, 16)
     return torch.matmul(h16, tiles).view(weight.shape)
 
@@ -79,4 +81,5 @@ def unrotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     rows, features = weight.shape
-    return torch.matmul(weight.reshape(rows, -1, group), hadamard(group)).view(rows, features)
+    h = hadamard(group).to(weight.device)
+    return torch.matmul(weight.reshape(rows, -1, group), h).view(rows, features)

@@ -62,8 +62,9 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     """A hint with the names nearest to `word`, or None if none is near."""
     plain = re.sub(r"[*?\\^$]|^re:", "", word)
     candidates = list(names)
-    containing = [name for name in candidates if plain and plain in name]
-    near = difflib.get_close_matches(plain, candidates[:5000], n=3, cutoff=0.5) or containing[:3]
+    near = difflib.get_close_matches(plain, candidates[:5000], n=3, cutoff=0.5)
+    for length in range(len(plain), min(3, len(plain)), -1):
+        near = near or [name for name in candidates if plain[:length] in name][:3]
     return "did you mean " + ", ".join(f"`{n}`" for n in near) + "?" if near else None
 
 

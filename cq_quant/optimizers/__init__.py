@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from cq.core.grid import Grid
+from cq.core.grid import Grid, Scales
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +22,11 @@ class Optimizer(Protocol):
     note: str | None
 
     def fit(
-        self, weight: torch.Tensor, grid: Grid, scales: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales for a float32 row segment `(rows, K)`.
+        self, weight: torch.Tensor, grid: Grid, shared: Scales, *, search: bool
+    ) -> tuple[torch.Tensor, Scales]:
+        """Codes and the rows' own scales for a float32 row segment `(rows, K)`.
 
-        `scales` are given where one scale reaches beyond the segment; otherwise the optimizer
-        chooses them.
+        `shared` are the scales that reach beyond the segment. `search` asks for scales of least
+        error rather than the format's plain rule.
         """
         ...

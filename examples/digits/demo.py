@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.digits.contact_sheet import amplified_difference, contact_sheet, psnr
-from examples.digits.decode import decode
 from examples.digits.model import load
 from examples.digits.sample import sample, sheet_classes
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = {
         "base": sample(load(base), classes, seed=0),
         "merged": sample(load(merged), classes, seed=0),
-        "quantized": sample(load(quantized, decode), classes, seed=0),
+        "quantized": sample(load(quantized), classes, seed=0),
     }
     quality = psnr(images["quantized"], images["merged"])
     sheet = out / "digits.png"

@@ -9,16 +9,18 @@ Shapes in comments: B images, L = T + I tokens (T text, I image), H hidden width
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+import cq
+from cq import layouts
 
 HEAD_DIM = 128
 ROPE_AXES = (16, 56, 56)  # one slice of the head width for each of the three position ids
@@ -30,13 +32,6 @@ MLP_RATIO = 4
 PATCH = 2  # latent pixels along one side of a token
 UNSHUFFLE = 4  # image pixels along one side of a latent pixel
 MARKER = "comfy_quant"
-
-Decode = Callable[[dict[str, Any], dict[str, Tensor]], Tensor]
-"""Turns one quantized layer into its float weight: ``decode(format, tensors) -> weight``.
-
-``format`` is the parsed ``comfy_quant`` marker; ``tensors`` holds the layer's tensors by their last
-name (``weight``, ``weight_scale``, ...), without the bias, which is never quantized.
-"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,16 @@ class Config:
         return self.in_channels * PATCH * PATCH
 
 
-def config_of(state: Mapping[str, Tensor]) -> Config:
-    """Read the sizes from a state dict the way ComfyUI does: from the shapes and block counts."""
+class Shaped(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def config_of(state: Mapping[str, Shaped]) -> Config:
+    """Read the sizes from names and shapes the way ComfyUI does: from the shapes and block
+    counts."""
 
     def count(prefix: str) -> int:
         return len({name.split(".")[1] for name in state if name.startswith(prefix + ".")})
@@ -330,34 +333,25 @@ class DigitsFlux(nn.Module):
 # Reading checkpoints
 
 
-def load_weights(path: str | Path, decode: Decode | None = None) -> dict[str, Tensor]:
-    """Read a checkpoint into float32 tensors, one for each parameter of the model.
-
-    A file without quantized layers needs no `decode`.  In a quantized file every layer that has a
-    ``<layer>.comfy_quant`` marker goes through `decode`, and its helper tensors are dropped.
-    """
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint without quantized layers into float32 tensors."""
     tensors = load_file(path)
-    marked = [name.removesuffix(f".{MARKER}") for name in tensors if name.endswith(f".{MARKER}")]
-    for layer in marked:
-        if decode is None:
-            raise ValueError(
-                f"{path} has {len(marked)} quantized layers (first: {layer}); "
-                "pass decode= to read them"
-            )
-        prefix = f"{layer}."
-        parts = {
-            name.removeprefix(prefix): tensors.pop(name)
-            for name in list(tensors)
-            if name.startswith(prefix) and name != f"{prefix}bias"
-        }
-        marker: dict[str, Any] = json.loads(bytes(parts.pop(MARKER).tolist()))
-        tensors[f"{prefix}weight"] = decode(marker, parts)
+    marked = [name for name in tensors if name.endswith(f".{MARKER}")]
+    if marked:
+        raise ValueError(f"{path} has {len(marked)} quantized layers; `load` runs them as they are")
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def load(source: str | Path | Mapping[str, Tensor], decode: Decode | None = None) -> DigitsFlux:
-    """A model in float32 and evaluation mode, from a checkpoint file or a state dict."""
-    state = load_weights(source, decode) if isinstance(source, (str, Path)) else source
-    model = DigitsFlux(config_of(state))
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+def load(source: str | Path | Mapping[str, Tensor]) -> DigitsFlux:
+    """A model in float32 and evaluation mode, from a checkpoint file or a state dict.
+
+    The quantized layers of a file stay quantized: they compute through `cq.layouts`.
+    """
+    if isinstance(source, (str, Path)):
+        checkpoint = cq.open(source)
+        model = DigitsFlux(config_of(checkpoint.specs))
+        layouts.load(model, checkpoint)
+    else:
+        model = DigitsFlux(config_of(source))
+        model.load_state_dict({name: tensor.float() for name, tensor in source.items()})
     return model.eval()

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from examples.digits.contact_sheet import contact_sheet
 from examples.digits.data import CLASSES, conditioning
-from examples.digits.decode import decode
 from examples.digits.lora import merge
 from examples.digits.model import DigitsFlux, latent_to_image, load, load_weights
 
@@ -55,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.digits.sample", description=__doc__)
     parser.add_argument("model", nargs="+", type=Path, help="checkpoints, one row each")
     parser.add_argument("-o", "--output", type=Path, required=True, help="PNG to write")
-    parser.add_argument("--lora", type=Path, help="LoRA merged into every checkpoint")
+    parser.add_argument(
+        "--lora", type=Path, help="LoRA merged into every checkpoint, which must not be quantized"
+    )
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
@@ -63,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows: dict[str, Tensor] = {}
     for path in args.model:
-        state = load_weights(path, decode)
         if args.lora is not None:
-            state = merge(state, load_file(args.lora), args.strength)
+            model = load(merge(load_weights(path), load_file(args.lora), args.strength))
+        else:
+            model = load(path)
         start = time.perf_counter()
-        images = sample(load(state), sheet_classes(), args.seed, args.steps)
+        images = sample(model, sheet_classes(), args.seed, args.steps)
         seconds = time.perf_counter() - start
         print(f"{path}: {len(images)} images in {seconds:.2f} s, mean {images.mean():+.3f}")
         rows[str(path)] = images

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from cq.core.dtypes import TensorSpec
-from cq.core.grid import Grid
+from cq.core.errors import InputError
+from cq.core.grid import Grid, Scales
+from cq.core.packing import fits
 
 if TYPE_CHECKING:
     import torch
 
 
-class Format(Protocol):
-    """How a quantized weight is stored. Everything but `pack` and `unpack` is pure planning.
+class Format(ABC):
+    """How a quantized weight is stored. Everything but `pack…`, `unpack` and `store` is pure
+    planning on a 2-D weight `(N, K)`.
 
     `name` is ComfyUI's key and the file's name, `scalings` what `--scaling` may be (the default
-    first), `first_comfyui` the first ComfyUI release that reads it.
+    first), `rotation` whether weights are stored in the rotated basis. `first_comfyui` is the first
+    ComfyUI release that reads it, None if only the custom `loader` does. `keeps_shape` says that
+    the stored weight always has the shape of the weight, so that it may stand on layers whose shape
+    ComfyUI reads to tell the model; `embeddings` and `experts` whether ComfyUI takes it for
+    embedding tables and for stacked expert weights `(E, N, K)`, every stored tensor then with a
+    leading E. `aliases` are the names that other tools wrote for the same storage. `casts` says
+    that it is a plain dtype: no marker, no scales, any shape; `whole` that `unpack` wants all rows
+    at once. Plugs inherit the defaults.
     """
 
     name: str
     scalings: tuple[str, ...]
-    first_comfyui: str
+    first_comfyui: str | None
+    rotation: Literal["never", "optional", "always"] = "never"
+    loader: str | None = None
+    keeps_shape: bool = False
+    embeddings: bool = False
+    experts: bool = False
+    aliases: tuple[str, ...] = ()
+    casts: bool = False
+    whole: bool = False
 
+    @abstractmethod
     def refuse(self, weight: TensorSpec, scaling: str, group: int | None) -> str | None:
         """Why `weight` cannot be stored so, as a sentence part, or None if it can.
 
@@ -30,35 +50,57 @@ class Format(Protocol):
         """
         ...
 
+    @abstractmethod
     def tensors(self, weight: TensorSpec, scaling: str) -> dict[str, TensorSpec]:
         """Specs of the stored tensors by local name (`weight`, `weight_scale`), without the
-        marker."""
+        marker. The stored weight has a row for each weight row, then perhaps rows of padding."""
         ...
 
-    def marker(self, group: int | None) -> dict[str, Any]:
-        """The layer's `comfy_quant` settings."""
+    @abstractmethod
+    def marker(self, weight: TensorSpec, scaling: str, group: int | None) -> dict[str, Any]:
+        """The layer's `comfy_quant` settings; empty for a plain dtype, which has no marker."""
         ...
 
-    def grid(self, scaling: str) -> Grid:
-        """The levels."""
+    @abstractmethod
+    def grid(self, weight: TensorSpec, scaling: str) -> Grid | None:
+        """The levels; None for a format that rounds by itself, in `store`."""
         ...
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes `(rows, K)` as rows of the stored `weight`."""
-        ...
+        """Codes `(rows, K)` as rows of the stored `weight`; only with a grid, as `pack_scales`."""
+        raise NotImplementedError
 
-    def pack_scales(self, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack_scales(self, scales: Scales) -> dict[str, torch.Tensor]:
         """The whole weight's scales as the stored tensors beside `weight`."""
-        ...
+        raise NotImplementedError
 
+    def store(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The stored tensors of a whole weight; only where `grid` is None."""
+        raise NotImplementedError
+
+    @abstractmethod
     def check(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> list[Fault]:
         """What ComfyUI would trip over in a layer stored so, judged from specs and marker."""
         ...
 
-    def unpack(self, stored: Mapping[str, torch.Tensor], marker: Mapping[str, Any]) -> torch.Tensor:
-        """The float32 weight rows, in the original basis, of a row segment of the stored tensors.
+    @abstractmethod
+    def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
+        """The shape `(N, K)` of the weight that is stored so; with its padding if nothing tells how
+        much of it is padding. Raises: InputError if the stored tensors do not fit together."""
+        ...
 
-        Tensors with a row for each weight row are cut alike, the others are whole.
+    @abstractmethod
+    def unpack(
+        self,
+        rows: torch.Tensor,
+        start: int,
+        beside: Mapping[str, torch.Tensor],
+        marker: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """The float32 weight rows, in the original basis, of the stored weight's `rows` from
+        `start` (a multiple of 128) on, with padding. `beside` are the whole other stored tensors.
+
+        Lenient: scales of any shape that another tool wrote for the same storage are understood.
         """
         ...
 
@@ -71,3 +113,61 @@ class Fault(tuple[str, str]):
     def __new__(cls, slug: str, sentence: str) -> Fault:
         """A fault of the kind `slug`, told by `sentence`."""
         return super().__new__(cls, (slug, sentence))
+
+
+def loaded_by(plugs: Iterable[Format]) -> str:
+    """Who loads a checkpoint of such formats: a ComfyUI release, perhaps with a custom loader.
+
+    >>> from cq.core import catalog
+    >>> loaded_by([catalog.load("formats", "int8_tensorwise"), catalog.load("formats", "bf16")])
+    'ComfyUI 0.27.0 or newer'
+    """
+    marked = [plug for plug in plugs if not plug.casts]
+    custom = sorted({plug.loader or plug.name for plug in marked if plug.first_comfyui is None})
+    releases = [plug.first_comfyui for plug in marked if plug.first_comfyui is not None]
+    newest = max(releases, key=lambda r: [int(n) for n in r.split(".")], default=None)
+    told = "any ComfyUI" if newest is None else f"ComfyUI {newest} or newer"
+    return f"{told} with {' and '.join(custom)}" if custom else told
+
+
+def plain_shape(
+    stored: Mapping[str, TensorSpec], *, scale: str = "weight_scale", block: int | None = None
+) -> tuple[int, ...]:
+    """The shape of a weight that is stored one element per weight, beside a scale that can be
+    spread over it (see `cq.core.packing.spread`).
+
+    Raises: InputError if the scale is missing or does not fit.
+    """
+    shape = stored["weight"].shape
+    if scale not in stored:
+        raise InputError(f"there is no `{scale}` beside the codes", code="input.scale")
+    if len(shape) != 2 or not fits(stored[scale].shape, (shape[0], shape[1]), block):
+        raise InputError(
+            f"a scale of shape {list(stored[scale].shape)} does not fit codes of shape"
+            f" {list(shape)}",
+            code="input.scale",
+        )
+    return shape
+
+
+def decode(
+    plug: Format, stored: Mapping[str, torch.Tensor], marker: Mapping[str, Any]
+) -> torch.Tensor:
+    """The whole float32 weight `(N, K)` or `(E, N, K)` of a layer's stored tensors, unpadded.
+
+    Raises: InputError if the stored tensors do not fit together.
+    """
+    import torch
+
+    from cq.core.dtypes import spec_of
+
+    if stored["weight"].ndim == 3 and not plug.casts:
+        experts = [
+            {name: tensor[i] if tensor.ndim else tensor for name, tensor in stored.items()}
+            for i in range(stored["weight"].shape[0])
+        ]
+        return torch.stack([decode(plug, expert, marker) for expert in experts])
+    shape = plug.shape({name: spec_of(tensor) for name, tensor in stored.items()}, marker)
+    beside = {name: tensor for name, tensor in stored.items() if name != "weight"}
+    value = plug.unpack(stored["weight"], 0, beside, marker)
+    return value[tuple(slice(side) for side in shape)]

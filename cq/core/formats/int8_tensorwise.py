@@ -11,12 +11,14 @@ Source: ComfyUI `comfy/quant_ops.py` (QUANT_ALGOS), comfy-kitchen `tensor/int8.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cq.core.dtypes import TensorSpec
-from cq.core.formats import Fault
+from cq.core.formats import Fault, Format, plain_shape
+from cq.core.grid import Scales
+from cq.core.packing import spread
 from cq.core.rotation import is_group, unrotate
 
 if TYPE_CHECKING:
@@ -31,37 +33,64 @@ class Int8Grid:
     """The integers -127 to 127 times a scale. -128 stays unused: the grid is symmetric."""
 
     scaling: str
+    searches: ClassVar[bool] = False
+    nbytes_work: ClassVar[int] = 4 + 1  # the scaled copy and the codes
 
-    def absmax(self, weight: torch.Tensor) -> torch.Tensor:
-        """Shape `(rows, 1)` for rows, `()` for a tensor. NaN where a weight is."""
+    @property
+    def surveys(self) -> bool:
+        """Whether one scale reaches over all rows."""
+        return self.scaling == "tensor"
+
+    def survey(self, segments: Iterable[torch.Tensor]) -> Scales:
+        """absmax / 127 over all segments."""
         import torch
 
+        largest = torch.stack([torch.maximum(s.amax(), -s.amin()) for s in segments]).amax()
+        return {"scale": _scale(largest)}
+
+    def scales(self, weight: torch.Tensor, shared: Scales) -> Scales:
+        """absmax / 127, at least 1e-30. Shapes: `(rows, 1)`."""
+        import torch
+
+        if self.surveys:
+            return {}
         # Two reductions rather than magnitudes, which would be another copy of the weight.
-        if self.scaling == "row":
-            return torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
-        return torch.maximum(weight.amax(), -weight.amin())
+        absmax = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
+        return {"scale": _scale(absmax)}
 
-    def scales(self, absmax: torch.Tensor) -> torch.Tensor:
-        """absmax / 127, at least 1e-30."""
-        return (absmax / _LEVELS).clamp_(min=_SMALLEST_SCALE)
+    def search(
+        self, weight: torch.Tensor, shared: Scales, importance: torch.Tensor | None = None
+    ) -> Scales:
+        """The plain rule: at 8 bits smaller scales gain nothing, and clipping a scale that many
+        rows share is a gamble."""
+        return self.scales(weight, shared)
 
-    def nearest(self, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def nearest(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Int8 codes; division rather than a product with the inverse, as comfy-kitchen divides."""
         import torch
 
-        return (weight / scales).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+        return (weight / scales["scale"]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
 
-    def values(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """codes x scale in float32."""
-        return codes.float() * scales
+        return codes.float() * scales["scale"]
 
 
-class Int8Tensorwise:
+def _scale(absmax: torch.Tensor) -> torch.Tensor:
+    return (absmax / _LEVELS).clamp_(min=_SMALLEST_SCALE)
+
+
+class Int8Tensorwise(Format):
     """The format plug."""
 
     name = "int8_tensorwise"
     scalings = ("row", "tensor")
     first_comfyui = "0.27.0"
+    rotation = "optional"
+    keeps_shape = True
+    embeddings = True
+    experts = True
+    aliases = ("int8_axiswise",)
 
     def refuse(self, weight: TensorSpec, scaling: str, group: int | None) -> str | None:
         """Any 2-D weight can be stored; a rotation group must divide K."""
@@ -80,14 +109,14 @@ class Int8Tensorwise:
             "weight_scale": TensorSpec("F32", (weight.shape[0], 1) if scaling == "row" else ()),
         }
 
-    def marker(self, group: int | None) -> dict[str, Any]:
+    def marker(self, weight: TensorSpec, scaling: str, group: int | None) -> dict[str, Any]:
         """The fields in the order of the official files, so that the bytes are equal to theirs."""
         settings: dict[str, Any] = {"format": self.name}
         if group is not None:
             settings |= {"convrot": True, "convrot_groupsize": group}
         return settings
 
-    def grid(self, scaling: str) -> Int8Grid:
+    def grid(self, weight: TensorSpec, scaling: str) -> Int8Grid:
         """The int8 levels."""
         return Int8Grid(scaling)
 
@@ -95,9 +124,9 @@ class Int8Tensorwise:
         """Codes are stored as they are."""
         return codes
 
-    def pack_scales(self, scales: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack_scales(self, scales: Scales) -> dict[str, torch.Tensor]:
         """Scales are stored as they are."""
-        return {"weight_scale": scales}
+        return {"weight_scale": scales["scale"]}
 
     def check(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> list[Fault]:
         """Dtypes, scale shape, and a rotation group that ComfyUI can build and apply."""
@@ -132,10 +161,19 @@ class Int8Tensorwise:
             )
         return faults
 
-    def unpack(self, stored: Mapping[str, torch.Tensor], marker: Mapping[str, Any]) -> torch.Tensor:
+    def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
+        """The stored weight's own. Raises: InputError if the scale does not fit it."""
+        return plain_shape(stored)
+
+    def unpack(
+        self,
+        rows: torch.Tensor,
+        start: int,
+        beside: Mapping[str, torch.Tensor],
+        marker: Mapping[str, Any],
+    ) -> torch.Tensor:
         """codes x scale, rotated back if the marker says so."""
-        scale = stored["weight_scale"].float()
-        value = stored["weight"].float() * scale
+        value = rows.float().mul_(spread(beside["weight_scale"], start, *rows.shape))
         group = convrot_group(marker)
         return value if group is None else unrotate(value, group)
 

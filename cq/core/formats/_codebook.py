@@ -1,0 +1,315 @@
+"""The grid of `asym_w4a8_int8`: 4-bit codes that stand for int8 numbers. No plug of its own.
+
+A code names one of 16 levels between -1 and 1; times the scale of its group of 16 columns it is
+rounded to an int8 number, which a scale per row multiplies.
+
+The codebook is always comfy-kitchen's frozen one. Its quantizer fits another where the groups'
+excess kurtosis is over -0.1; after a ConvRot rotation of 16, 64 or 256 columns that was never so
+for normal, Laplace, Student (1 to 4 degrees of freedom) and outlier weights (-0.4 to -1.4), only
+for weights that are nearly all zero, and its fast kernel reads no other codebook.
+
+Source: comfy-kitchen `tensor/w4a8_packed.py` (`_FIXED_LUT`), `backends/eager/w4a8_int8.py`
+(`_quantize_rotated_w4a8_int8_weight`, `_assign_grid`). The search is our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, ClassVar
+
+from cq.core.formats.float8_e4m3fn import in_chunks
+from cq.core.grid import Scales
+
+if TYPE_CHECKING:
+    import torch
+
+CODEBOOK = (
+    *(-0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720),
+    *(0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671),
+)
+GROUP = 16
+_LEVELS = 127
+_SMALLEST = 1e-8  # comfy-kitchen's floor of every scale and divisor
+_REFITS = 2
+_CHUNK = 1 << 18  # weights that are worked on together, so that they stay in a core's cache
+_HALF = 1 << 15  # bins of a unit interval; few weights fall in one that holds a threshold
+_CELLS = 512  # half-open intervals of half an int8 step, from -128 to 128
+_LARGEST_CODE = 126  # of the positive finite float8 numbers
+_STEPS = range(-3, 5)  # float8 neighbours of a group scale; four more on each side gain 0.01 dB
+# The sums of a search round to about 2^-20 of themselves: a gain under this share is no gain.
+_MARGIN = 2.0**-18
+
+
+@dataclass(frozen=True, slots=True)
+class CodebookGrid:
+    """round(level x group scale) as int8, times a scale per row."""
+
+    scaling: ClassVar[str] = "block"
+    surveys: ClassVar[bool] = False
+    searches: ClassVar[bool] = True
+    # A search, if the segment is one chunk: the rows in one piece, weights in steps, cells, errors
+    # of 8 candidates for each 16 weights thrice, importance spread over them; and what belongs to
+    # groups
+    nbytes_work: ClassVar[int] = 4 + 4 + 4 + 3 * 2 + 4 + 3
+
+    def survey(self, segments: Iterable[torch.Tensor]) -> Scales:
+        """Nothing: the codebook is the same for all weights."""
+        return {}
+
+    def scales(self, weight: torch.Tensor, shared: Scales) -> Scales:
+        """Group scales fitted by alternating least squares, the row scale so that 127 is the row's
+        largest number. Equal to comfy-kitchen's to the last bit.
+
+        Shapes: `s_rel` `(rows, K/16)` F8_E4M3, `s_channel` `(rows,)`.
+        """
+        import torch
+
+        relative = torch.empty(_per_group(weight), dtype=torch.float8_e4m3fn)
+        channel = torch.empty(weight.shape[0])
+        for part, *out in in_chunks(_CHUNK, weight, relative, channel):
+            for found, place in zip(_plain(part.contiguous()), out, strict=True):
+                place.copy_(found)
+        return {"s_rel": relative, "s_channel": channel}
+
+    def search(
+        self, weight: torch.Tensor, shared: Scales, importance: torch.Tensor | None = None
+    ) -> Scales:
+        """Group scales of least error among the float8 neighbours of the one that clips nothing;
+        the row scale so that 127 is the largest number of those.
+
+        Better than the plain rule's fit over a layer, and in half its time, not in every group.
+
+        Which numbers a group scale decodes to, and which of them is nearest, is a function of the
+        scale's code and of the half int8 step that a weight lies in. So tables give the exact error
+        of every neighbour, as the sums of level^2 and of level x weight over the group.
+        """
+        import torch
+
+        chosen = torch.empty(_per_group(weight), dtype=torch.float8_e4m3fn)
+        channel = torch.empty(weight.shape[0])
+        for part, out, row in in_chunks(_CHUNK, weight, chosen, channel):
+            whole = part.contiguous()
+            whole_scale, largest = unclipped(whole)
+            row.copy_(largest)
+            out.copy_(_search(whole, whole_scale, largest, importance))
+        return {"s_rel": chosen, "s_channel": channel}
+
+    def nearest(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """Codes 0 to 15 as int8; the lower of two equally near levels, as comfy-kitchen has it."""
+        import torch
+
+        relative, channel = scales["s_rel"], scales["s_channel"]
+        codes = torch.empty(weight.shape, dtype=torch.int8)
+        for part, own, row, out in in_chunks(_CHUNK, weight, relative, channel, codes):
+            index = _cells(part.contiguous(), own, row)[1].view(-1)
+            torch.index_select(_code_table(), 0, index, out=out.view(-1))
+        return codes
+
+    def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
+        """The int8 numbers x `s_channel` in float32."""
+        import torch
+
+        levels = torch.tensor(CODEBOOK)[codes.long()]
+        return decoded(levels, scales["s_rel"]).mul_(scales["s_channel"][:, None])
+
+
+def _per_group(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1] // GROUP
+
+
+def decoded(levels: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
+    """round(level x group scale), at most 127 in size, as float32.
+
+    Shapes: `(rows, K)`, `(rows, groups)` to `(rows, K)`.
+    """
+    groups = levels.view(*relative.shape, -1) * relative.float()[..., None]
+    return groups.round_().clamp_(-_LEVELS, _LEVELS).view(levels.shape)
+
+
+def unclipped(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The group scales under which the outermost level is a group's largest weight, and the row
+    scales. Shapes: `(rows, K/16)`, `(rows,)`."""
+    import torch
+
+    highest, lowest = _extremes(weight.view(-1, GROUP))
+    scale = highest.maximum(-lowest).clamp_(min=_SMALLEST).view(weight.shape[0], -1)
+    channel = scale.amax(1).mul_(CODEBOOK[-1] / _LEVELS).clamp_(min=_SMALLEST)
+    return (scale / channel[:, None]).to(torch.float8_e4m3fn), channel
+
+
+# The plain rule ---------------------------------------------------------------------------------
+
+
+def _plain(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    groups = weight.view(-1, GROUP)
+    highest, lowest = _extremes(groups)
+    scale = torch.maximum(highest, -lowest).clamp_(min=_SMALLEST)
+    for _ in range(_REFITS):
+        scale = _refit(groups, scale)
+    # The largest level of a group is that of one of its extremes.
+    ends = torch.stack((highest, lowest))
+    levels = _levels(ends, scale)
+    (spoilt,) = levels[0].add(levels[1]).isnan().nonzero(as_tuple=True)
+    levels[:, spoilt] = _exact_levels(ends[:, spoilt], scale[spoilt])
+    high, low = levels.abs_().mul_(scale)
+    largest = torch.maximum(high, low).view(weight.shape[0], -1).amax(1)
+    channel = (largest / _LEVELS).clamp_(min=_SMALLEST)
+    relative = scale.view(weight.shape[0], -1) / channel[:, None]
+    return relative.to(torch.float8_e4m3fn), channel
+
+
+def _extremes(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest and smallest element of each group, by pooling: of torch's ways to reduce short rows
+    the fastest."""
+    import torch
+
+    flat = groups.view(1, 1, -1)
+    highest = torch.nn.functional.max_pool1d(flat, GROUP)
+    lowest = torch.nn.functional.max_pool1d(-flat, GROUP).neg_()
+    return highest.view(-1), lowest.view(-1)
+
+
+def _refit(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The least-squares scale under the codes that `scale` gives.
+
+    Shapes: `(G, 16)`, `(G,)` to `(G,)`.
+    """
+    fitted = _fitted(groups, _levels(groups, scale[:, None]))
+    # An element on a threshold has no tabled level and spoils its group: those are done again.
+    (spoilt,) = fitted.isnan().nonzero(as_tuple=True)
+    if spoilt.numel():
+        some = groups[spoilt]
+        fitted[spoilt] = _fitted(some, _exact_levels(some, scale[spoilt, None]))
+    return fitted
+
+
+def _fitted(groups: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    product = (groups * levels).sum(-1)
+    return product.div_(levels.square_().sum(-1).clamp_(min=_SMALLEST)).clamp_(min=_SMALLEST)
+
+
+def _levels(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The nearest level of each element, NaN where a threshold is too near to tell."""
+    import torch
+
+    bins = (groups * (_HALF / scale)).clamp_(-_HALF, _HALF).add_(_HALF)
+    return _level_table().index_select(0, bins.to(torch.int32).view(-1)).view(groups.shape)
+
+
+def _exact_levels(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The nearest level of each element, the lower of two equally near ones."""
+    import torch
+
+    codebook = torch.tensor(CODEBOOK)
+    normalized = groups / scale
+    above = torch.searchsorted(codebook, normalized).clamp_(max=codebook.numel() - 1)
+    higher, lower = codebook[above], codebook[(above - 1).clamp_(min=0)]
+    return torch.where((higher - normalized).abs_() < (normalized - lower).abs_(), higher, lower)
+
+
+@cache
+def _level_table() -> torch.Tensor:
+    """The level of each bin of [-1, 1]; NaN for bins with a threshold in them, or so near that
+    float32 arithmetic may be mistaken about the bin."""
+    import torch
+
+    codebook = torch.tensor(CODEBOOK)
+    exact = codebook.double()
+    thresholds = (exact[1:] + exact[:-1]) / 2
+    start = torch.arange(2 * _HALF + 1, dtype=torch.float64) - _HALF
+    slack = 0.01  # bins; the arithmetic is mistaken by 0.008 at most
+    below = torch.searchsorted(thresholds, (start - slack) / _HALF)
+    above = torch.searchsorted(thresholds, (start + 1 + slack) / _HALF)
+    return torch.where(below == above, codebook[below], torch.nan)
+
+
+# The numbers that a group scale decodes to --------------------------------------------------------
+
+
+@cache
+def _code_table() -> torch.Tensor:
+    """The code of the nearest number for each float8 code of a group scale and each cell.
+
+    A cell `(c-1, c]` of half int8 steps holds no border in its inside: the numbers are whole, so
+    borders are whole or half. Shapes: int8 `((_LARGEST_CODE + 1) * _CELLS,)`.
+    """
+    import torch
+
+    decoded = _numbers().double()
+    ends = (torch.arange(_CELLS, dtype=torch.float64) - _CELLS // 2) / 2
+    inside = (ends - 0.25).expand(decoded.shape[0], -1).contiguous()
+    above = torch.searchsorted(decoded, inside).clamp_(max=15)
+    below = (above - 1).clamp_(min=0)
+    nearer = decoded.gather(1, above) - inside < inside - decoded.gather(1, below)
+    return torch.where(nearer, above, below).to(torch.int8).view(-1)
+
+
+@cache
+def _search_tables() -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row of `_code_table`, the nearest number of every float8 neighbour, and its square.
+
+    Shapes: float32 `((_LARGEST_CODE + 1) * _CELLS, len(_STEPS))`, twice.
+    """
+    import torch
+
+    nearest = _numbers().gather(1, _code_table().view(-1, _CELLS).long())
+    codes = torch.arange(_LARGEST_CODE + 1)
+    neighbours = [nearest[(codes + step).clamp(0, _LARGEST_CODE)].view(-1) for step in _STEPS]
+    numbers = torch.stack(neighbours, 1).contiguous()
+    return numbers, numbers.square()
+
+
+def _numbers() -> torch.Tensor:
+    """The 16 numbers that each float8 code of a group scale decodes to. Shapes: `(127, 16)`."""
+    import torch
+
+    codes = torch.arange(_LARGEST_CODE + 1, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return decoded(torch.tensor(CODEBOOK).repeat(codes.numel(), 1), codes[:, None])
+
+
+def _cells(
+    weight: torch.Tensor, relative: torch.Tensor, channel: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights in int8 steps, and the rows of the tables that they fall in.
+
+    Shapes: `(rows, K)` to float32 `(rows, K)` and int32 `(rows, K/16, 16)`.
+    """
+    import torch
+
+    steps = weight / channel[:, None]
+    half = _CELLS // 2
+    cells = (steps * 2).ceil_().clamp_(-half, half - 1).view(*relative.shape, GROUP)
+    first = relative.view(torch.uint8).float().mul_(_CELLS).add_(half)
+    return steps, cells.add_(first[..., None]).to(torch.int32)
+
+
+def _search(
+    weight: torch.Tensor,
+    relative: torch.Tensor,
+    channel: torch.Tensor,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """The float8 group scales of least error."""
+    import torch
+
+    steps, index = _cells(weight, relative, channel)
+    numbers, squares = _search_tables()
+    bags = index.view(-1, GROUP)
+    share = None
+    if importance is not None:
+        share = importance.expand(weight.shape).reshape(bags.shape)
+        steps.mul_(importance)
+    sum_bags = torch.nn.functional.embedding_bag
+    energy = sum_bags(bags, squares, mode="sum", per_sample_weights=share)
+    product = sum_bags(bags, numbers, mode="sum", per_sample_weights=steps.view(bags.shape))
+    errors = energy.sub(product, alpha=2)  # but for the weights' own squares
+    first = -_STEPS.start
+    least, step = errors.min(1)
+    gain = errors[:, first] - least
+    step = torch.where(gain > energy[:, first] * _MARGIN, step - first, 0)
+    codes = relative.view(torch.uint8).int().view(-1) + step
+    return codes.clamp_(0, _LARGEST_CODE).to(torch.uint8).view(relative.shape).view(relative.dtype)

@@ -1,0 +1,65 @@
+"""One weight through a format's grid: from float rows to stored tensors, segment by segment.
+
+Owns the order of things (shared scales first, rows in order, padding, scales last) for whoever
+rounds: the quantize stage, and tensors at run time. Who chooses codes is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from cq.core.dtypes import TensorSpec, torch_dtype
+from cq.core.formats import Format
+from cq.core.grid import Grid, Scales
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Fit(Protocol):
+    """Chooses codes: the `fit` of an optimizer."""
+
+    def __call__(
+        self, weight: torch.Tensor, grid: Grid, shared: Scales, *, search: bool
+    ) -> tuple[torch.Tensor, Scales]:
+        """Codes and the rows' own scales of a float32 row segment."""
+        ...
+
+
+def stored_tensors(
+    plug: Format,
+    weight: TensorSpec,
+    scaling: str,
+    segments: Callable[[], Iterator[torch.Tensor]],
+    fit: Fit,
+    *,
+    search: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stored tensors of a matrix by local name: the weight's rows in order, then what lies
+    beside it, when all scales are known.
+
+    `segments` yields its float32 rows in the basis that is rounded in, cut at multiples of 128
+    rows; it is called twice where a scale reaches over all rows, so that they are never held.
+    """
+    import torch
+
+    grid = plug.grid(weight, scaling)
+    if grid is None:
+        yield from plug.store(torch.cat(list(segments()))).items()
+        return
+    shared = dict(grid.survey(segments())) if grid.surveys else {}
+    found: dict[str, list[torch.Tensor]] = {}
+    rows = 0
+    for segment in segments():
+        codes, own = fit(segment, grid, shared, search=search)
+        rows += segment.shape[0]
+        for key, scale in own.items():
+            found.setdefault(key, []).append(scale)
+        yield "weight", plug.pack(codes)
+    stored = plug.tensors(weight, scaling)["weight"]
+    if stored.shape[0] > rows:
+        padding = (stored.shape[0] - rows, *stored.shape[1:])
+        yield "weight", torch.zeros(padding, dtype=torch_dtype(stored.dtype))
+    joined = {key: s[0] if len(s) == 1 else torch.cat(s) for key, s in found.items()}
+    yield from plug.pack_scales({**shared, **joined}).items()
