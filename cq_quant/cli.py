@@ -65,6 +65,12 @@ def register(app: typer.Typer) -> None:
                 help="Choose 4-bit scales of least error, or as the largest weight asks.",
             ),
         ] = True,
+        family: Annotated[
+            str,
+            typer.Option(
+                "--family", metavar="auto|none|NAME", help="The model; auto tells it by its header."
+            ),
+        ] = "auto",
         recipe: Annotated[
             str | None,
             typer.Option("--recipe", metavar="FILE", help="Rules for single layers, as JSON."),
@@ -117,18 +123,21 @@ def register(app: typer.Typer) -> None:
           cq quant flux.safetensors --only '*.img_mlp.*=nvfp4' --only '*' --dry-run
         """
         from cq.cli.deliver import Delivery, deliver
+        from cq.core.knowledge import know
         from cq_quant.stage import quantize
 
         if defer and output is not None:
             raise UsageError("`--defer` writes no file, so it takes no `-o`")
         limit = options.parse_size(memory_limit)
+        source = options.open_input(model)
         checkpoint = quantize(
-            options.open_input(model),
+            source,
             format=format,
             scaling=scaling,
             optimizer=optimizer,
             rotate=rotate,
             scale_search=scale_search,
+            family=family,
             recipe=recipe or (),
             only=only or (),
             skip=skip or (),
@@ -149,7 +158,7 @@ def register(app: typer.Typer) -> None:
                 memory_limit=limit,
             ),
             command="quant",
-            remarks=_remarks(checkpoint),
+            remarks=[know(source.specs, family).remark(), *_remarks(checkpoint)],
             columns=_COLUMNS,
             rows=_rows(checkpoint.notes),
         )

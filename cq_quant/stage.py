@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from cq.core import catalog, comfy, recipe, rotation, select
@@ -16,6 +16,7 @@ from cq.core.dequantize import Dequantize
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError, PlanError, UsageError
 from cq.core.formats import Format
+from cq.core.knowledge import AUTO, Knowledge, know
 from cq.core.recipe import How, Rule
 from cq.core.stored import describe
 from cq_quant.layer import Layer, LayerPlan
@@ -35,6 +36,7 @@ class QuantStage:
     optimizer: str | None = None
     rotate: str = "auto"
     scale_search: bool = True
+    family: str = AUTO
     rules: tuple[Rule, ...] = field(default=())
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -57,23 +59,8 @@ class QuantStage:
     def apply(self, source: Checkpoint) -> Checkpoint:
         """The quantized checkpoint. Raises: PlanError with the reason if it cannot be."""
         _refuse_quantized(source)
-        resolver = _Resolver(self)
-        default = resolver.default()
-        choices = recipe.choose(
-            source.specs,
-            default,
-            rules=self.rules,
-            only=self.only,
-            skip=self.skip,
-            refuse=resolver.refuse,
-        )
-        planned = (
-            Layer(source, choice.name, resolver.plan(choice.weight, choice.how))
-            for choice in choices
-            if choice.how is not None
-        )
-        # A cast to the dtype that a tensor has already leaves it to be copied, unread.
-        layers = {o.name: o for o in planned if o.tensors() != {o.name: o.weight}}
+        resolver = _Resolver(self, know(source.specs, self.family))
+        choices, layers = self._planned(source, resolver, self.rules)
         _refuse_diffusers(source, layers.values())
         parts: list[Part] = []
         for part in source.parts:
@@ -87,11 +74,46 @@ class QuantStage:
             if rest:
                 parts.append(narrowed(part, rest))
         return source.after(
-            self,
+            self._without_empty_words(source, resolver, layers),
             parts=tuple(parts),
             metadata=self._metadata(source, layers.values()),
             notes=tuple(_note(choice, layers.get(choice.name)) for choice in choices),
         )
+
+    def _planned(
+        self, source: Checkpoint, resolver: _Resolver, rules: Sequence[Rule]
+    ) -> tuple[list[recipe.Choice], dict[str, Layer]]:
+        """What happens to each tensor, and the layers that change by the name of their weight."""
+        choices = recipe.choose(
+            source.specs,
+            resolver.default(),
+            rules=rules,
+            only=self.only,
+            skip=self.skip,
+            known=resolver.known,
+            refuse=resolver.refuse,
+        )
+        planned = (
+            Layer(source, choice.name, resolver.plan(choice, choice.how))
+            for choice in choices
+            if choice.how is not None
+        )
+        # A cast to the dtype that a tensor has already leaves it to be copied, unread.
+        return choices, {o.name: o for o in planned if o.tensors() != {o.name: o.weight}}
+
+    def _without_empty_words(
+        self, source: Checkpoint, resolver: _Resolver, layers: Mapping[str, Layer]
+    ) -> QuantStage:
+        """The stage without rules that say what it would do without them, so that a template used
+        unchanged makes the very file that the defaults make."""
+        if not self.rules:
+            return self
+        try:
+            _, plain = self._planned(source, resolver, ())
+        except PlanError:
+            return self
+        same = {n: o.plan for n, o in plain.items()} == {n: o.plan for n, o in layers.items()}
+        return replace(self, rules=()) if same else self
 
     def _metadata(self, source: Checkpoint, layers: Any) -> Mapping[str, str]:
         if not self.save_quant_metadata:
@@ -105,8 +127,9 @@ class _Resolver:
     """Names to plugs, and the settings that a rule left open to those that a format and an
     optimizer go best with."""
 
-    def __init__(self, stage: QuantStage) -> None:
+    def __init__(self, stage: QuantStage, known: Knowledge) -> None:
         self._stage = stage
+        self.known = known
 
     def default(self) -> How:
         """What layers without a rule get; checked, so that an error names the option."""
@@ -130,7 +153,7 @@ class _Resolver:
         name = how.optimizer or _optimizer_for(format_plug)
         assert name is not None
         optimizer: Optimizer = catalog.load("optimizers", name)
-        return format_plug, scaling, optimizer, _largest_group(how.rotate, format_plug, optimizer)
+        return format_plug, scaling, optimizer, largest_group(how.rotate, format_plug, optimizer)
 
     def _see_loader(self, plug: Format) -> None:
         if plug.first_comfyui is None and not plug.casts and not self._stage.allow_custom_loader:
@@ -147,23 +170,33 @@ class _Resolver:
             return None
         if recipe.has_role(layer, "embedding") and not format_plug.embeddings:
             return "ComfyUI takes embedding tables in fp8 and int8 only"
-        if recipe.has_role(layer, "detection") and not format_plug.keeps_shape:
+        if self._reads_shape(layer) and not format_plug.keeps_shape:
             return "ComfyUI tells the model by this weight's shape, which the format may change"
         if len(weight.shape) == 3:
             if not format_plug.experts:
                 return "ComfyUI does not take it for stacked experts"
             weight = TensorSpec(weight.dtype, weight.shape[1:])
+        largest = self._for_family(layer, how, largest)
         return format_plug.refuse(weight, scaling, _group(weight, largest, format_plug))
 
-    def plan(self, weight: TensorSpec, how: How | None) -> LayerPlan:
+    def _reads_shape(self, layer: str) -> bool:
+        told = self.known.reads_shape(layer)
+        return recipe.has_role(layer, "detection") if told is None else told
+
+    def _for_family(self, layer: str, how: How, largest: int) -> int:
+        """The largest rotation group, if it may be chosen, as the layer's family calls for it."""
+        wanted = self.known.rotation(layer)
+        return min(largest, wanted) if wanted and how.rotate == "auto" else largest
+
+    def plan(self, choice: recipe.Choice, how: How) -> LayerPlan:
         """The plan of a layer that is not refused."""
-        assert how is not None
         format_plug, scaling, optimizer, largest = self._settings(how)
+        largest = self._for_family(choice.layer, how, largest)
         return LayerPlan(
             format=format_plug,
             scaling=scaling,
             optimizer=optimizer,
-            group=_group(weight, largest, format_plug),
+            group=_group(choice.weight, largest, format_plug),
             search=self._stage.scale_search,
         )
 
@@ -176,6 +209,7 @@ def quantize(
     optimizer: str | None = None,
     rotate: str = "auto",
     scale_search: bool = True,
+    family: str = AUTO,
     recipe: str | os.PathLike[str] | Sequence[Rule] = (),
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -189,10 +223,11 @@ def quantize(
     rotated weights and `rtn` elsewhere. `rotate` is `auto` (as the optimizer works), `off`, or the
     largest ConvRot group; a layer whose K it does not divide takes the next smaller one, or none.
     `scale_search` chooses scales of least error where that pays, rather than the largest weight's.
-    `recipe` is a file or rules for single layers; `only` and `skip` are patterns over layer names,
-    in `only` also `PATTERN=FORMAT`. A format that is a plain dtype applies to all tensors and
-    undoes a quantization; with `requantize` a quantized checkpoint is dequantized first. With
-    `save_quant_metadata` the markers stand in the header as well.
+    `family` is `auto` (found by names and shapes), `none`, or a family's name; it says which layers
+    keep their precision. `recipe` is a file or rules for single layers; `only` and `skip` are
+    patterns over layer names, in `only` also `PATTERN=FORMAT`. A format that is a plain dtype
+    applies to all tensors and undoes a quantization; with `requantize` a quantized checkpoint is
+    dequantized first. With `save_quant_metadata` the markers stand in the header as well.
 
     Raises: PlanError if the checkpoint is quantized already, a pattern matches nothing, or there is
     nothing to quantize; InputError for a recipe that is none.
@@ -207,6 +242,7 @@ def quantize(
         optimizer=optimizer or _optimizer_for(plug),
         rotate=rotate,
         scale_search=scale_search,
+        family=family,
         rules=rules,
         only=tuple(only),
         skip=tuple(skip),
@@ -276,7 +312,7 @@ def _remark(layer: Layer, how: How | None) -> str | None:
     plan, columns = layer.plan, layer.matrix.shape[-1:]
     if plan.optimizer is None or how is None:
         return None
-    largest = _largest_group(how.rotate, plan.format, plan.optimizer)
+    largest = largest_group(how.rotate, plan.format, plan.optimizer)
     if largest and plan.group != largest:
         instead = "is not rotated" if plan.group is None else f"takes rotation group {plan.group}"
         return f"K={columns[0]} is not a multiple of {largest}, so it {instead}"
@@ -302,7 +338,7 @@ def _scaling(plug: Format, scaling: str | None) -> str:
     return scaling
 
 
-def _largest_group(rotate: str, plug: Format, optimizer: Optimizer) -> int:
+def largest_group(rotate: str, plug: Format, optimizer: Optimizer) -> int:
     """The largest rotation group that layers may take; 0 for no rotation."""
     if rotate not in ROTATIONS:
         raise UsageError(

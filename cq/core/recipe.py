@@ -21,7 +21,10 @@ from cq.core import catalog, select
 from cq.core.comfy import WEIGHT
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError, PlanError
+from cq.core.formats import Format
+from cq.core.knowledge import Knowledge
 
+NOTHING = Knowledge()
 _SMALLEST_SIDE = 64
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 _FORMAT_NAME = re.compile(r"\w+")
@@ -208,6 +211,7 @@ def choose(
     rules: Sequence[Rule] = (),
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
+    known: Knowledge = NOTHING,
     refuse: Callable[[str, TensorSpec, How], str | None],
 ) -> list[Choice]:
     """Decide for every `.weight` of a checkpoint, in the checkpoint's order; where the default is a
@@ -215,8 +219,9 @@ def choose(
 
     The first of `skip`, `only` and `rules` that matches a layer decides. `only` restricts
     everything to layers that match. A layer that is named, by `only` or by a rule, is stored in
-    spite of advice (first, last and small layers, embeddings), not of what ComfyUI cannot load.
-    `refuse` says why a format cannot store a layer.
+    spite of advice, not of what ComfyUI cannot load. Advice is the family's where the model is
+    `known`, else general: first, last and small layers, embeddings. `refuse` says why a format
+    cannot store a layer.
 
     Raises: PlanError if a pattern matches no layer, or there is nothing to do.
     """
@@ -234,7 +239,7 @@ def choose(
             weight = specs[name]
             obstacle = _impossible(layer, weight, casts=_casts(how))
             if obstacle is None and not named and not _casts(how):
-                obstacle = _advice(layer, weight)
+                obstacle = _advice(layer, weight, how, known)
             if obstacle is None:
                 refusal = refuse(layer, weight, how)
                 obstacle = None if refusal is None else f"the format refuses it: {refusal}"
@@ -328,17 +333,29 @@ def _impossible(layer: str, spec: TensorSpec, *, casts: bool) -> str | None:
     return _kept(layer, firm=True)
 
 
-def _advice(layer: str, spec: TensorSpec) -> str | None:
+def _advice(layer: str, spec: TensorSpec, how: How, known: Knowledge) -> str | None:
     if has_role(layer, "embedding"):
         return "an embedding table, not a linear layer"
-    reason = _kept(layer, firm=False)
-    if reason is not None:
-        return reason
-    if not _BLOCK.search(without_prefix(layer)):
-        return "outside the model's repeated blocks, so an input or output layer"
+    role = known.role(layer)
+    if role is not None and (role.name == "keep" or (role.name == "modulation" and _few_bits(how))):
+        return role.reason
+    if not known.complete(layer):
+        general = _kept(layer, firm=False)
+        if general is not None:
+            return general
+        if not _BLOCK.search(without_prefix(layer)):
+            return "outside the model's repeated blocks, so an input or output layer"
     if min(spec.shape) < _SMALLEST_SIDE and len(spec.shape) == 2:
         return f"a side is under {_SMALLEST_SIDE}: nothing to gain"
     return None
+
+
+def _few_bits(how: How) -> bool:
+    """Whether the format has less than 8 bits for a weight."""
+    plug: Format = catalog.load("formats", how.format)
+    sample = TensorSpec("F32", (1024, 1024))
+    stored = plug.tensors(sample, how.scaling or plug.scalings[0])["weight"]
+    return stored.nbytes < sample.numel
 
 
 def _kept(layer: str, *, firm: bool) -> str | None:
