@@ -15,15 +15,40 @@ from typing import TYPE_CHECKING
 from cq.core.lazy import exports
 
 if TYPE_CHECKING:
+    from cq_analyze.budget import Mixture, choose_formats
+    from cq_analyze.deep import Measurements, measure
+    from cq_analyze.description import Analysis, analyze
+    from cq_analyze.page import page as html_report
+    from cq_analyze.recipes import template
     from cq_analyze.report import Finding, Report
     from cq_analyze.verification import verify
 
-__all__ = ["Finding", "Report", "verify"]
+__all__ = [
+    "Analysis",
+    "Finding",
+    "Measurements",
+    "Mixture",
+    "Report",
+    "analyze",
+    "choose_formats",
+    "html_report",
+    "measure",
+    "template",
+    "verify",
+]
 __getattr__ = exports(
     __name__,
     {
+        "Analysis": "cq_analyze.description",
+        "analyze": "cq_analyze.description",
+        "choose_formats": "cq_analyze.budget",
         "Finding": "cq_analyze.report",
+        "html_report": "cq_analyze.page:page",
+        "measure": "cq_analyze.deep",
+        "Measurements": "cq_analyze.deep",
+        "Mixture": "cq_analyze.budget",
         "Report": "cq_analyze.report",
+        "template": "cq_analyze.recipes",
         "verify": "cq_analyze.verification",
     },
 )

@@ -16,6 +16,7 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import DTYPES
 from cq.core.engine import local
 from cq.core.errors import PlanError, UsageError
+from cq.core.formats import first_release, newest
 from cq.core.source import check_unchanged
 from cq.core.stored import SMOOTHING, is_code
 from cq_analyze import structure, values
@@ -140,18 +141,19 @@ def _shown(checkpoint: Checkpoint) -> str:
 
 def _first_comfyui(judged: Structure) -> str | None:
     """The first ComfyUI release that reads all marked layers but those of custom loaders."""
-    releases = set()
+    releases = []
     for marked in judged.marked:
-        if marked.format is None or marked.format.first_comfyui is None:
+        if marked.format is None:
             continue
-        releases.add(marked.format.first_comfyui)
-        if recipe.has_role(marked.layer, "embedding"):
-            releases.add("0.30.0" if marked.settings.get("convrot") else "0.21.0")
-        if "weight" in marked.specs and len(marked.specs["weight"].shape) == 3:
-            releases.add("0.23.0")
-        if SMOOTHING in marked.specs:
-            releases.add("0.30.0")
-    return max(releases, key=natural, default=None)
+        release = first_release(
+            marked.format,
+            embedding=recipe.has_role(marked.layer, "embedding"),
+            experts="weight" in marked.specs and len(marked.specs["weight"].shape) == 3,
+            rotated=bool(marked.settings.get("convrot")),
+        )
+        releases += [] if release is None else [release]
+        releases += ["0.30.0"] if SMOOTHING in marked.specs else []
+    return newest(releases)
 
 
 def _custom_loaders(judged: Structure) -> dict[str, str]:

@@ -114,13 +114,14 @@ def register(app: typer.Typer) -> None:
         """Quantize the linear layers of a checkpoint so that ComfyUI loads it natively.
 
         Without -o it writes NAME-FORMAT.safetensors beside the source. PATTERN is a glob over layer
-        names, or a regular expression after `re:`. The formats bf16, fp16 and fp32 are plain casts
+        names, or a regular expression after `re:`; layers that `--only` or a recipe names are
+        quantized in spite of advice. The formats bf16, fp16 and fp32 are plain casts
         of all tensors; on a quantized checkpoint they undo the quantization.
 
         \b
           cq quant flux.safetensors
           cq merge flux.safetensors style.safetensors:0.8 | cq quant -o out.safetensors
-          cq quant flux.safetensors --only '*.img_mlp.*=nvfp4' --only '*' --dry-run
+          cq quant flux.safetensors --only '*.img_mlp.*=nvfp4' --only 'single_blocks.*' --dry-run
         """
         from cq.cli.deliver import Delivery, deliver
         from cq.core.knowledge import know
@@ -145,12 +146,14 @@ def register(app: typer.Typer) -> None:
             allow_custom_loader=allow_custom_loader,
             save_quant_metadata=save_quant_metadata,
         )
+        named = output is not None
         if output is None and not defer:
-            output = default_output(checkpoint, format)
+            output = default_output(checkpoint)
         return deliver(
             checkpoint,
             Delivery(
                 output=output,
+                named=named,
                 force=force,
                 restart=restart,
                 dry_run=dry_run,
@@ -164,11 +167,14 @@ def register(app: typer.Typer) -> None:
         )
 
 
-def default_output(checkpoint: Checkpoint, format_name: str) -> str:
-    """`<source stem>-<format>.safetensors` beside the source; in the current directory for a
-    pipe."""
+def default_output(checkpoint: Checkpoint) -> str:
+    """`<source stem>[-merged]-<format>.safetensors` beside the source; in the current directory for
+    a pipe. The format is `mixed` if there are several."""
     source = checkpoint.sources[0]
-    name = f"{source.stem}-{format_name}.safetensors"
+    formats = {note["format"] for note in checkpoint.notes if note["action"] == "quantize"}
+    what = formats.pop() if len(formats) == 1 else "mixed" if formats else "copy"
+    merged = "-merged" if any(stage.name == "merge" for stage in checkpoint.stages) else ""
+    name = f"{source.stem}{merged}-{what}.safetensors"
     return name if source.spooled else str(Path(source.path).with_name(name))
 
 
@@ -181,21 +187,31 @@ def _remarks(checkpoint: Checkpoint) -> list[str]:
     formats = Counter(n["format"] for n in chosen)
     notes = Counter(n["note"] for n in chosen if n["note"])
     kept = len(checkpoint.notes) - len(chosen)
+    if not chosen:
+        return [f"there is nothing to change: all {kept} tensors are as they are asked to be"]
     told = ", ".join(f"{count} {name}" for name, count in formats.most_common())
+    plugs = [catalog.load("formats", name) for name in formats]
+    releases = [n["first_comfyui"] for n in chosen if n["first_comfyui"] is not None]
+    casts = all(plug.casts for plug in plugs)
+    what = "tensors are cast" if casts else "layers are quantized"
     return [
-        f"{len(chosen)} tensors are stored anew ({told}), {kept} are kept as they are;"
-        f" {loaded_by(catalog.load('formats', name) for name in formats)} loads the result",
+        f"{len(chosen)} {what} ({told}), {kept} are kept as they are;"
+        f" {loaded_by(plugs, releases)} loads the result",
         *(f"{note} ({count} layers)" for note, count in notes.items()),
     ]
 
 
 def _rows(notes: Any) -> Iterator[tuple[str, ...]]:
-    from cq.cli.deliver import folded
+    from cq.core.text import folded
 
     groups: dict[tuple[str, ...], list[Any]] = {}
     for note in notes:
         becomes = (
-            " ".join(filter(None, (note["format"], note["scaling"], note["optimizer"])))
+            " ".join(
+                word
+                for word in (note["format"], note["scaling"], note["optimizer"])
+                if word not in {None, "none", "own"}
+            )
             if note["action"] == "quantize"
             else f"kept as {note['dtype']}"
         )

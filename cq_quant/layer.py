@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cq.core import comfy, rotation
@@ -39,7 +40,7 @@ class LayerPlan:
     search: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: what follows from the fields is found once
 class Layer:
     """The tensor `name` of a checkpoint, on its way to what `plan` says."""
 
@@ -47,25 +48,29 @@ class Layer:
     name: str
     plan: LayerPlan
 
-    @property
+    @cached_property
     def weight(self) -> TensorSpec:
         """The tensor as it is."""
         return self.source.specs[self.name]
 
-    @property
+    @cached_property
     def matrix(self) -> TensorSpec:
         """One weight matrix of it: the tensor itself, or an expert's share of stacked ones."""
         weight = self.weight
         stacked = len(weight.shape) == 3 and not self.plan.format.casts
         return TensorSpec(weight.dtype, weight.shape[1:]) if stacked else weight
 
-    @property
+    @cached_property
     def experts(self) -> int | None:
         """The number of stacked matrices, None for a plain weight."""
         return None if self.matrix is self.weight else self.weight.shape[0]
 
-    def tensors(self) -> dict[str, TensorSpec]:
+    def tensors(self) -> Mapping[str, TensorSpec]:
         """Specs of the stored tensors by full name, without the marker."""
+        return self._tensors
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorSpec]:
         plan = self.plan
         if plan.format.casts:
             return {self.name: plan.format.tensors(self.weight, plan.scaling)["weight"]}
@@ -114,9 +119,8 @@ class Layer:
 
         for piece in self.source.pieces(self.name):
             value = self.plan.format.store(piece.tensor)["weight"]
-            if value.element_size() < piece.tensor.element_size() and not bool(
-                torch.isfinite(value.sum(dtype=torch.float64))
-            ):
+            # In float64, whose sums of what is finite in less are finite.
+            if not bool(torch.isfinite(value.sum(dtype=torch.float64))):
                 self._check_finite(self._source_segments)
                 raise InputError(
                     f"tensor `{self.name}` of `{self._shown}` overflows {self.plan.format.name}",
@@ -188,7 +192,7 @@ class Layer:
         # A sum is one pass; it is not finite if a value is not, or if all together are huge.
         if not bool(torch.isfinite(rows.sum())) and not bool(torch.isfinite(rows).all()):
             self._check_finite(segments)
-            raise self._bad("overflows float32 when it is rotated")
+            raise self._bad("overflows float32")
 
     def _check_finite(self, segments: Callable[[], Iterator[torch.Tensor]]) -> None:
         """Raise with counts if the source holds what is not finite."""

@@ -10,19 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from cq.core import catalog, comfy, recipe, rotation, select
+from cq.core import catalog, comfy, recipe, select
 from cq.core.checkpoint import Checkpoint, Part, Stage, narrowed
 from cq.core.dequantize import Dequantize
-from cq.core.dtypes import TensorSpec
-from cq.core.errors import InputError, PlanError, UsageError
-from cq.core.formats import Format
-from cq.core.knowledge import AUTO, Knowledge, know
+from cq.core.errors import InputError, PlanError
+from cq.core.formats import Format, first_release
+from cq.core.knowledge import AUTO, know
 from cq.core.recipe import How, Rule
 from cq.core.stored import describe
-from cq_quant.layer import Layer, LayerPlan
-from cq_quant.optimizers import Optimizer
-
-ROTATIONS = ("auto", "off", "256", "64", "16")
+from cq_quant.layer import Layer
+from cq_quant.settings import Resolver, largest_group, optimizer_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +37,7 @@ class QuantStage:
     rules: tuple[Rule, ...] = field(default=())
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    requantize: bool = False
     allow_custom_loader: bool = False
     save_quant_metadata: bool = False
 
@@ -58,8 +56,21 @@ class QuantStage:
 
     def apply(self, source: Checkpoint) -> Checkpoint:
         """The quantized checkpoint. Raises: PlanError with the reason if it cannot be."""
-        _refuse_quantized(source)
-        resolver = _Resolver(self, know(source.specs, self.family))
+        if not self.requantize:
+            _refuse_quantized(source)
+        return self._spelt_out()._apply(source)
+
+    def _spelt_out(self) -> QuantStage:
+        """The stage with its defaults named, so that a file's history says what was done."""
+        plug: Format = catalog.load("formats", self.format)
+        return replace(
+            self,
+            scaling=self.scaling or plug.scalings[0],
+            optimizer=self.optimizer or optimizer_for(plug, self.rotate),
+        )
+
+    def _apply(self, source: Checkpoint) -> Checkpoint:
+        resolver = Resolver(self, know(source.specs, self.family))
         choices, layers = self._planned(source, resolver, self.rules)
         _refuse_diffusers(source, layers.values())
         parts: list[Part] = []
@@ -80,8 +91,30 @@ class QuantStage:
             notes=tuple(_note(choice, layers.get(choice.name)) for choice in choices),
         )
 
+    def again(self, quantized: Checkpoint) -> Checkpoint:
+        """`apply` to a quantized checkpoint. The layers that are stored anew are dequantized to
+        float32, so that equal formats give equal codes; all others stay quantized as they are.
+
+        Raises: PlanError as `apply`, InputError for layers that no format reads.
+        """
+        plain = Dequantize().apply(quantized)
+        were = {note["layer"]: note for note in plain.notes}
+        choices, _ = self._planned(
+            plain, Resolver(self, know(plain.specs, self.family)), self.rules
+        )
+        anew = {_told(choice) for choice in choices if choice.how is not None} & set(were)
+        if anew and anew != set(were):
+            plain = Dequantize(layers=tuple(sorted(anew))).apply(quantized)
+        model = self.apply(plain if anew else quantized)
+        # What a layer saves is counted from what the file holds of it.
+        notes = [
+            {**note, "nbytes": were[note["layer"]]["nbytes"]} if note["layer"] in anew else note
+            for note in model.notes
+        ]
+        return replace(model, notes=tuple(notes))
+
     def _planned(
-        self, source: Checkpoint, resolver: _Resolver, rules: Sequence[Rule]
+        self, source: Checkpoint, resolver: Resolver, rules: Sequence[Rule]
     ) -> tuple[list[recipe.Choice], dict[str, Layer]]:
         """What happens to each tensor, and the layers that change by the name of their weight."""
         choices = recipe.choose(
@@ -102,7 +135,7 @@ class QuantStage:
         return choices, {o.name: o for o in planned if o.tensors() != {o.name: o.weight}}
 
     def _without_empty_words(
-        self, source: Checkpoint, resolver: _Resolver, layers: Mapping[str, Layer]
+        self, source: Checkpoint, resolver: Resolver, layers: Mapping[str, Layer]
     ) -> QuantStage:
         """The stage without rules that say what it would do without them, so that a template used
         unchanged makes the very file that the defaults make."""
@@ -119,86 +152,11 @@ class QuantStage:
         if not self.save_quant_metadata:
             return source.metadata
         marked = {layer.name.removesuffix(comfy.WEIGHT): layer.marker() for layer in layers}
-        settings = {name: marker for name, marker in marked.items() if marker}
+        settings = comfy.header_layers(source.metadata)
+        settings |= {name: marker for name, marker in marked.items() if marker}
+        if not settings:
+            return source.metadata
         return {**source.metadata, comfy.HEADER_KEY: comfy.header_value(settings)}
-
-
-class _Resolver:
-    """Names to plugs, and the settings that a rule left open to those that a format and an
-    optimizer go best with."""
-
-    def __init__(self, stage: QuantStage, known: Knowledge) -> None:
-        self._stage = stage
-        self.known = known
-
-    def default(self) -> How:
-        """What layers without a rule get; checked, so that an error names the option."""
-        stage = self._stage
-        how = How(
-            format=stage.format,
-            scaling=stage.scaling,
-            optimizer=stage.optimizer,
-            rotate=stage.rotate,
-        )
-        self._settings(how)
-        return how
-
-    def _settings(self, how: How) -> tuple[Format, str, Optimizer | None, int]:
-        """Format, scaling, optimizer and the largest rotation group, 0 for none."""
-        format_plug: Format = catalog.load("formats", how.format)
-        self._see_loader(format_plug)
-        scaling = _scaling(format_plug, how.scaling)
-        if format_plug.casts:
-            return format_plug, scaling, None, 0
-        name = how.optimizer or _optimizer_for(format_plug)
-        assert name is not None
-        optimizer: Optimizer = catalog.load("optimizers", name)
-        return format_plug, scaling, optimizer, largest_group(how.rotate, format_plug, optimizer)
-
-    def _see_loader(self, plug: Format) -> None:
-        if plug.first_comfyui is None and not plug.casts and not self._stage.allow_custom_loader:
-            raise PlanError(
-                f"no released ComfyUI loads the format `{plug.name}`",
-                hint=f"add `--allow-custom-loader` if yours has {plug.loader or 'a loader for it'}",
-                code="plan.custom_loader",
-            )
-
-    def refuse(self, layer: str, weight: TensorSpec, how: How) -> str | None:
-        """Why the layer cannot be stored so."""
-        format_plug, scaling, _, largest = self._settings(how)
-        if format_plug.casts:
-            return None
-        if recipe.has_role(layer, "embedding") and not format_plug.embeddings:
-            return "ComfyUI takes embedding tables in fp8 and int8 only"
-        if self._reads_shape(layer) and not format_plug.keeps_shape:
-            return "ComfyUI tells the model by this weight's shape, which the format may change"
-        if len(weight.shape) == 3:
-            if not format_plug.experts:
-                return "ComfyUI does not take it for stacked experts"
-            weight = TensorSpec(weight.dtype, weight.shape[1:])
-        largest = self._for_family(layer, how, largest)
-        return format_plug.refuse(weight, scaling, _group(weight, largest, format_plug))
-
-    def _reads_shape(self, layer: str) -> bool:
-        told = self.known.reads_shape(layer)
-        return recipe.has_role(layer, "detection") if told is None else told
-
-    def _for_family(self, layer: str, how: How, largest: int) -> int:
-        """The largest rotation group, if it may be chosen, as the layer's family calls for it."""
-        wanted = self.known.rotation(layer)
-        return min(largest, wanted) if wanted and how.rotate == "auto" else largest
-
-    def plan(self, choice: recipe.Choice, how: How) -> LayerPlan:
-        """The plan of a layer that is not refused."""
-        format_plug, scaling, optimizer, largest = self._settings(how)
-        largest = self._for_family(choice.layer, how, largest)
-        return LayerPlan(
-            format=format_plug,
-            scaling=scaling,
-            optimizer=optimizer,
-            group=_group(choice.weight, largest, format_plug),
-            search=self._stage.scale_search,
-        )
 
 
 def quantize(
@@ -226,8 +184,9 @@ def quantize(
     `family` is `auto` (found by names and shapes), `none`, or a family's name; it says which layers
     keep their precision. `recipe` is a file or rules for single layers; `only` and `skip` are
     patterns over layer names, in `only` also `PATTERN=FORMAT`. A format that is a plain dtype
-    applies to all tensors and undoes a quantization; with `requantize` a quantized checkpoint is
-    dequantized first. With `save_quant_metadata` the markers stand in the header as well.
+    applies to all tensors and undoes a quantization; with `requantize` quantized layers are
+    dequantized first where they are stored anew, the others stay as they are. With
+    `save_quant_metadata` the markers stand in the header as well.
 
     Raises: PlanError if the checkpoint is quantized already, a pattern matches nothing, or there is
     nothing to quantize; InputError for a recipe that is none.
@@ -236,34 +195,29 @@ def quantize(
 
     rules = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
     plug: Format = catalog.load("formats", format)
-    stage = QuantStage(  # with the defaults spelt out, so that a file's history says what was done
+    stage = QuantStage(
         format=format,
-        scaling=scaling or plug.scalings[0],
-        optimizer=optimizer or _optimizer_for(plug),
+        scaling=scaling,
+        optimizer=optimizer,
         rotate=rotate,
         scale_search=scale_search,
         family=family,
         rules=rules,
-        only=tuple(only),
-        skip=tuple(skip),
+        only=_texts(only),
+        skip=_texts(skip),
         allow_custom_loader=allow_custom_loader,
         save_quant_metadata=save_quant_metadata,
     )
-    if comfy.find_quantized(checkpoint) and (requantize or plug.casts):
-        return _again(checkpoint, stage)
+    quantized = comfy.find_quantized(checkpoint)
+    floats8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
+    if (quantized and requantize) or (plug.casts and (quantized or floats8)):
+        return replace(stage, requantize=True).again(checkpoint)
     return stage.apply(checkpoint)
 
 
-def _again(checkpoint: Checkpoint, stage: QuantStage) -> Checkpoint:
-    """`stage` after a dequantization: exact where weights are rounded again; layers that are kept
-    this time come back in the dtype that they had, not in float32."""
-    plain = Dequantize().apply(checkpoint)
-    were = {note["layer"] for note in plain.notes}
-    model = stage.apply(plain)
-    kept = sorted(n["layer"] for n in model.notes if n["action"] == "keep" and n["layer"] in were)
-    if not kept:
-        return model
-    return stage.apply(Dequantize(kept=tuple(kept)).apply(checkpoint))
+def _texts(value: Sequence[str]) -> tuple[str, ...]:
+    """Patterns; a single one need not stand in a list."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _typed(key: str, value: Any, default: Any) -> Any:
@@ -282,9 +236,15 @@ def _typed(key: str, value: Any, default: Any) -> Any:
     )
 
 
+def _told(choice: recipe.Choice) -> str:
+    """What people know a tensor by: its layer, if it is the weight of one."""
+    return choice.layer if choice.name.endswith(comfy.WEIGHT) else choice.name
+
+
 def _note(choice: recipe.Choice, layer: Layer | None) -> dict[str, Any]:
     note: dict[str, Any] = {
-        "layer": choice.layer if choice.name.endswith(comfy.WEIGHT) else choice.name,
+        "layer": _told(choice),
+        "tensor": choice.name,
         "shape": list(choice.weight.shape),
         "dtype": choice.weight.dtype,
         "action": "keep" if layer is None else "quantize",
@@ -299,7 +259,12 @@ def _note(choice: recipe.Choice, layer: Layer | None) -> dict[str, Any]:
     stored = layer.tensors().values()
     return note | {
         "format": plan.format.name,
-        "first_comfyui": plan.format.first_comfyui,
+        "first_comfyui": first_release(
+            plan.format,
+            embedding=recipe.has_role(choice.layer, "embedding"),
+            experts=layer.experts is not None,
+            rotated=plan.group is not None,
+        ),
         "scaling": plan.scaling,
         "optimizer": None if plan.optimizer is None else plan.optimizer.name,
         "rotation": plan.group,
@@ -313,71 +278,12 @@ def _remark(layer: Layer, how: How | None) -> str | None:
     if plan.optimizer is None or how is None:
         return None
     largest = largest_group(how.rotate, plan.format, plan.optimizer)
+    if layer.experts is not None and largest and plan.group is None:
+        return "stacked experts are not rotated, since ComfyUI drops the rotation's flag for them"
     if largest and plan.group != largest:
         instead = "is not rotated" if plan.group is None else f"takes rotation group {plan.group}"
         return f"K={columns[0]} is not a multiple of {largest}, so it {instead}"
     return plan.optimizer.note
-
-
-def _optimizer_for(plug: Format) -> str | None:
-    """The optimizer that a format goes best with; None for a plain dtype, which needs none."""
-    if plug.casts:
-        return None
-    return "rtn" if plug.rotation == "never" else "quip"
-
-
-def _scaling(plug: Format, scaling: str | None) -> str:
-    if scaling is None:
-        return plug.scalings[0]
-    if scaling not in plug.scalings:
-        raise PlanError(
-            f"format `{plug.name}` has no scaling `{scaling}`",
-            hint="it has " + " and ".join(f"`{s}`" for s in plug.scalings),
-            code="plan.scaling",
-        )
-    return scaling
-
-
-def largest_group(rotate: str, plug: Format, optimizer: Optimizer) -> int:
-    """The largest rotation group that layers may take; 0 for no rotation."""
-    if rotate not in ROTATIONS:
-        raise UsageError(
-            f"there is no rotation `{rotate}`", hint="choose from " + ", ".join(ROTATIONS)
-        )
-    if plug.rotation == "never":
-        if optimizer.rotates or rotate not in {"auto", "off"}:
-            asks = f"optimizer `{optimizer.name}`" if optimizer.rotates else f"`--rotate {rotate}`"
-            raise PlanError(
-                f"{asks} needs the rotated basis, which the format `{plug.name}` does not store",
-                hint="use `--optimizer rtn`, or a format that stores it, such as int8_tensorwise",
-                code="plan.rotate",
-            )
-        return 0
-    if rotate == "off":
-        if optimizer.rotates:
-            raise UsageError(
-                f"optimizer `{optimizer.name}` works in the rotated basis",
-                hint="use `--optimizer rtn` for the original basis, or leave `--rotate` out",
-                code="usage.rotate",
-            )
-        if plug.rotation == "always":
-            raise PlanError(
-                f"the format `{plug.name}` is always rotated",
-                hint="leave `--rotate` out",
-                code="plan.rotate",
-            )
-        return 0
-    if rotate == "auto":
-        return rotation.GROUPS[0] if optimizer.rotates or plug.rotation == "always" else 0
-    return int(rotate)
-
-
-def _group(weight: TensorSpec, largest: int, plug: Format) -> int | None:
-    if len(weight.shape) == 3 and plug.rotation == "optional":
-        return None  # ComfyUI drops the rotation's flag for stacked experts
-    if not largest or len(weight.shape) not in {2, 3}:
-        return None
-    return rotation.group_for(weight.shape[-1], largest)
 
 
 def _refuse_quantized(source: Checkpoint) -> None:

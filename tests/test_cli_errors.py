@@ -196,7 +196,10 @@ USAGE = {
     "strength": (("merge", BASE, f"{STYLE}:nan"), "it is a finite number"),
     "size": (("quant", BASE, "--memory-limit", "much"), "`much` is not a size"),
     "regular expression": (("quant", BASE, "--skip", "re:(", "--dry-run"), "`re:(`"),
-    "quip without rotation": (("quant", BASE, "--rotate", "off"), "`--optimizer rtn`"),
+    "quip without rotation": (
+        ("quant", BASE, "--optimizer", "quip", "--rotate", "off"),
+        "`--optimizer rtn`",
+    ),
     "gate without a reference": (("verify", BASE, "--min-sqnr", "30"), "`--against"),
     "stdin twice": (("verify", "-", "--against", "-"), "both"),
     "shell": (("completions", "tcsh"), "`bash`, `zsh`, `fish`"),

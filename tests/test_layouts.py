@@ -1131,3 +1131,21 @@ def test_digits_of_the_int8_model_are_those_of_the_base(on: bool, tmp_path: Path
     assert sum(isinstance(p, QuantizedTensor) for p in model.parameters()) == 16
     found = sample(model, [0, 4, 7], seed=1, steps=10)
     assert psnr(found, sample(load_digits(BASE), [0, 4, 7], seed=1, steps=10)) > 40
+
+
+def test_the_documented_layout_works(tmp_path: Path) -> None:
+    """docs/custom-layouts.md, as a reader would try it."""
+    text = (BASE.parents[2] / "docs" / "custom-layouts.md").read_text()
+    plugin = tmp_path / "five.py"
+    plugin.write_text(text.split("```python\n")[1].split("```")[0])
+    source = make.save(tmp_path / "in.safetensors", make.model())
+    out, back = tmp_path / "five.safetensors", tmp_path / "back.safetensors"
+    with_plugin = ("--plugin", plugin)
+    for step in (
+        ("quant", source, *with_plugin, "--format", "FiveBits", "--allow-custom-loader", "-o", out),
+        ("verify", out, *with_plugin, "--against", source, "--min-sqnr", "8"),
+        ("quant", out, *with_plugin, "--format", "bf16", "-o", back),
+    ):
+        done = run_cq(*step)
+        assert done.code == 0, done.err
+    assert set(make.load(source)) == set(make.load(back))

@@ -222,16 +222,48 @@ def test_requantizing_in_the_same_format_gives_the_same_integers(
             assert torch.equal(tensor, after[name])
 
 
-def test_requantizing_keeps_no_float32(quantized: Path, tmp_path: Path) -> None:
-    """A layer that is kept this time comes back in an ordinary dtype, not in twice the bytes."""
+def test_requantizing_leaves_layers_that_are_kept_as_they_are(
+    quantized: Path, tmp_path: Path
+) -> None:
+    """Not in float32, nor in any other dtype that would double them in silence."""
     out = tmp_path / "again.safetensors"
     model = cq_quant.quantize(
         cq.open(quantized), format="nvfp4", requantize=True, skip=["*.attn.proj"]
     )
     cq.write(model, out)
-    found = make.load(out)
-    assert found[f"{PREFIX}blocks.0.attn.proj.weight"].dtype == torch.bfloat16
+    before, found = make.load(quantized), make.load(out)
+    for name in before:
+        if ".attn.proj." in name:
+            assert make.same(before[name], found[name])
     assert found[f"{PREFIX}blocks.0.mlp.0.weight"].dtype == torch.uint8
+    assert processes.cq("verify", out).code == 0
+
+
+def test_a_cast_with_only_undoes_these_layers_alone(quantized: Path, tmp_path: Path) -> None:
+    out = tmp_path / "partly.safetensors"
+    done = processes.cq("quant", quantized, "--format", "bf16", "--only", "*.mlp.0", "-o", out)
+    assert done.code == 0, done.err
+    found = make.load(out)
+    assert found[f"{PREFIX}blocks.0.mlp.0.weight"].dtype == torch.bfloat16
+    assert f"{PREFIX}blocks.0.mlp.0.weight_scale" not in found
+    assert found[f"{PREFIX}blocks.0.mlp.2.weight"].dtype == torch.int8
+    assert set(markers(out)) == {n for n in markers(quantized) if not n.endswith(".mlp.0")}
+
+
+def test_what_is_saved_is_counted_from_the_quantized_file(quantized: Path) -> None:
+    notes = cq_quant.quantize(cq.open(quantized), format="bf16").notes
+    note = next(n for n in notes if n["layer"].endswith("blocks.0.mlp.0"))
+    assert note["nbytes"] < note["nbytes_after"]
+
+
+def test_a_cast_to_fp16_that_overflows_names_the_tensor(tmp_path: Path) -> None:
+    weight = make.weight(64, 64, dtype="BF16")
+    weight[3, 4] = 1e6
+    path = make.save(tmp_path / "in.safetensors", {"blocks.0.a.weight": weight})
+    done = processes.cq("quant", path, "--format", "fp16", "-o", tmp_path / "out.safetensors")
+    assert done.code == 3
+    assert "`blocks.0.a.weight`" in done.err
+    assert "overflows fp16" in done.err
 
 
 def test_bf16_undoes_a_quantization(base: Path, quantized: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_quant_ends_a_pipeline_with_a_file_beside_the_source(tmp_path: Path) -> 
     source.write_bytes(BASE.read_bytes())
     done = shell(f"cq merge {source.name} {STYLE} | cq quant", tmp_path)
     assert done.code == 0, done.err
-    written = tmp_path / "model-int8_tensorwise.safetensors"
+    written = tmp_path / "model-merged-int8_tensorwise.safetensors"
     assert str(written) == json.loads(done.out)["source"][0]["path"]
     again = shell(f"cq merge {source.name} {STYLE} | cq quant", tmp_path)
     assert again.code == 4
@@ -277,7 +277,7 @@ def test_fused_equals_staged_through_a_linked_base(tmp_path: Path) -> None:
 cq merge model.safetensors {STYLE} -q -o merged.st | cq quant -q -o staged.st > /dev/null"""
     done = shell(line, tmp_path)
     assert done.code == 0, done.err
-    fused = tmp_path / "model-int8_tensorwise.safetensors"
+    fused = tmp_path / "model-merged-int8_tensorwise.safetensors"
     assert fused.read_bytes() == (tmp_path / "staged.st").read_bytes()
     assert ["abc123"] == [p.name for p in (tmp_path / "blobs").iterdir()]
 

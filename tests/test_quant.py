@@ -209,7 +209,9 @@ def test_rotate_sets_the_largest_group(rotate: str, group: int | None, tmp_path:
 def test_rotate_off_is_refused_for_an_optimizer_that_rotates(tmp_path: Path) -> None:
     checkpoint = cq.open(save(tmp_path, make.weight(64, 64)))
     with pytest.raises(UsageError, match="`quip` works in the rotated basis"):
-        cq_quant.quantize(checkpoint, rotate="off")
+        cq_quant.quantize(checkpoint, optimizer="quip", rotate="off")
+    (note,) = cq_quant.quantize(checkpoint, rotate="off").notes
+    assert (note["optimizer"], note["rotation"]) == ("rtn", None)
     with pytest.raises(UsageError, match="no rotation `128`"):
         cq_quant.quantize(checkpoint, rotate="128")
 

@@ -118,9 +118,7 @@ def test_recipe_keeps_tiny_layers(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", ["I64", "I32", "BOOL", "C64", "F8_E4M3", "U8"])
 def test_recipe_keeps_what_is_not_floating_point(dtype: str) -> None:
-    assert (
-        f"{dtype}, not floating point" in decide("blocks.0.x", TensorSpec(dtype, (99, 99))).reason
-    )
+    assert f"{dtype}, quantized already" in decide("blocks.0.x", TensorSpec(dtype, (99, 99))).reason
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,8 @@ def test_recipe_keeps_what_is_not_floating_point(dtype: str) -> None:
 )
 def test_only_overrides_advice(layer: str) -> None:
     choice = decide(layer, TensorSpec("F16", (16, 16)), only=True)
-    assert (choice.quantize, choice.reason) == (True, f"`--only {layer}`")
+    assert choice.quantize
+    assert choice.reason.startswith(f"`--only {layer}`, in spite of: ")
 
 
 @pytest.mark.parametrize(

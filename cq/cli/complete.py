@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from cq.cli.options import FILE_OPTIONS, PLUG_OPTIONS
-from cq.core import catalog
+from cq.core import catalog, families
 
 SHELLS = {"bash": "cq.bash", "zsh": "_cq", "fish": "cq.fish"}
 
@@ -62,8 +62,10 @@ def commands(app: typer.Typer) -> list[Command]:
 def _option(parameter: Any) -> Option:
     spellings = tuple(sorted([*parameter.opts, *parameter.secondary_opts]))
     plugs = next((PLUG_OPTIONS[s] for s in spellings if s in PLUG_OPTIONS), None)
-    metavar = parameter.metavar or ""
-    words = catalog.names(plugs) if plugs else tuple(metavar.split("|") if "|" in metavar else ())
+    # Words in capitals stand for something else, such as NAME.
+    choices = (parameter.metavar or "").split("|")
+    words = tuple(word for word in choices if len(choices) > 1 and not word.isupper())
+    words += _plug_words(plugs) if plugs else ()
     return Option(
         spellings=spellings,
         help=(parameter.help or "").split("\n")[0],
@@ -71,6 +73,13 @@ def _option(parameter: Any) -> Option:
         words=words,
         files=any(s in FILE_OPTIONS for s in spellings),
     )
+
+
+def _plug_words(kind: str) -> tuple[str, ...]:
+    """The names by which plugs of a kind can be asked for."""
+    if kind == "models":
+        return (*families.names(), *families.aliases())
+    return catalog.names(kind)
 
 
 def script(shell: str, app: typer.Typer) -> str:

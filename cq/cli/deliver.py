@@ -7,7 +7,6 @@ a checkpoint.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -27,9 +26,11 @@ from cq.core.write import stream, write
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """How a command was asked to deliver: its shared options."""
+    """How a command was asked to deliver: its shared options. `named` says that a person named the
+    output, rather than the command."""
 
     output: str | None = None
+    named: bool = True
     force: bool = False
     restart: bool = False
     dry_run: bool = False
@@ -103,7 +104,12 @@ def _check(checkpoint: Checkpoint, asked: Delivery) -> None:
             raise UsageError("`-o -` and `--json` both want stdout", hint="use one of them")
     elif asked.output is not None:
         target = Path(asked.output)
-        sink.check_target(checkpoint, target, force=asked.force)
+        try:
+            sink.check_target(checkpoint, target, force=asked.force)
+        except PlanError as error:
+            if asked.named or not asked.dry_run or error.code != "plan.output_exists":
+                raise
+            here.say(f"`{target}` exists already: writing it will ask for `--force`")
         with suppress(OSError):
             if any(os.path.samestat(target.stat(), opened) for opened in here.opened):
                 raise PlanError(
@@ -173,12 +179,3 @@ def _show_plan(
         f"{size(before)} of tensors become a file of {size(sink.nbytes_file(checkpoint))};"
         f" memory: torch, and up to {size(peak(checkpoint))} for each worker"
     )
-
-
-def folded(name: str) -> str:
-    """A layer's name with its block numbers folded, so that equal layers make one row.
-
-    >>> folded("double_blocks.17.img_mlp.0")
-    'double_blocks.*.img_mlp.0'
-    """
-    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)

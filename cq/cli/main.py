@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from cq.core.engine import memory
 from cq.core.errors import CqError, Interrupted, UsageError
 from cq.version import VERSION
 
+_GARBAGE_OBJECTS = 100_000
 _HELP = """Quantize diffusion-model checkpoints so that ComfyUI loads them natively.
 
 \b
@@ -95,7 +97,9 @@ def _usage(error: Any) -> UsageError:
     import difflib
 
     unknown = getattr(error, "option_name", None)
-    if unknown:
+    if unknown and "requires an argument" in message:
+        message = f"the option `{unknown}` needs a value"
+    elif unknown:
         message = f"`{path}` has no option `{unknown}`"
     elif message.startswith("No such command"):
         word = message.split("'")[1]
@@ -105,6 +109,8 @@ def _usage(error: Any) -> UsageError:
     else:
         message = message[:1].lower() + message[1:].rstrip(".").replace("'", "`")
     hint = f"see `{path} --help`"
+    if "unexpected extra argument" in message:
+        hint = "put patterns and names with spaces in quotes; " + hint
     if near:
         hint = "did you mean " + " or ".join(f"`{n}`" for n in near) + "?"
     return UsageError(message, hint=hint)
@@ -113,6 +119,9 @@ def _usage(error: Any) -> UsageError:
 def main() -> None:
     """The console script."""
     memory.keep_freed()
+    # A header is hundreds of thousands of objects without a cycle among them; looking for cycles
+    # at Python's own rate takes longer than reading it.
+    gc.set_threshold(_GARBAGE_OBJECTS)
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `cq.cli.entry`
             signal.signal(signal.SIGINT, signal.default_int_handler)

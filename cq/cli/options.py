@@ -61,8 +61,13 @@ Plugin = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback with an error.")]
 
 # Options whose values are plug names, for completion without running Python.
-PLUG_OPTIONS = {"--format": "formats", "--optimizer": "optimizers"}
-FILE_OPTIONS = frozenset({"--output", "-o", "--against", "--plugin"})
+PLUG_OPTIONS = {
+    "--format": "formats",
+    "--among": "formats",
+    "--optimizer": "optimizers",
+    "--family": "models",
+}
+FILE_OPTIONS = frozenset({"--output", "-o", "--against", "--plugin", "--recipe", "--report"})
 
 
 def terminal() -> Terminal:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib import metadata
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,17 @@ from cq.core.errors import PlanError
 KINDS = ("formats", "optimizers", "adapters", "models", "stages", "commands")
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+
+
+@cache
+def _all_entry_points() -> Any:
+    return metadata.entry_points()  # looks into every installed package, so once
+
+
+def entry_points(*, group: str) -> metadata.EntryPoints:
+    """The entry points of a group."""
+    found: metadata.EntryPoints = _all_entry_points().select(group=group)
+    return found
 
 
 @cache
@@ -83,7 +96,8 @@ def load(kind: str, name: str) -> Any:
     """
     if name in _registered[kind]:
         return _registered[kind][name]
-    check(kind, name)
+    if name not in _found(kind):
+        check(kind, name)
     place, entry = _found(kind)[name]
     try:
         if entry is not None and ":" in entry.value:
@@ -105,7 +119,7 @@ def check(kind: str, name: str) -> None:
     """See that there is a plug `name` of `kind`. Raises: PlanError with near names if not."""
     found = names(kind)
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=3)
+        near = _near(name, found)
         singular = kind.removesuffix("s")
         raise PlanError(
             f"there is no {singular} `{name}`",
@@ -116,6 +130,19 @@ def check(kind: str, name: str) -> None:
             ),
             code=f"plan.no_{singular}",
         )
+
+
+def _near(word: str, found: Iterable[str]) -> list[str]:
+    """The names that `word` may mean: those that contain it, as people shorten them, or that are
+    spelt alike."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", name.lower().replace("float", "fp"))
+
+    known = {name: plain(name) for name in found}
+    holding = [n for n, text in known.items() if plain(word) and plain(word) in text]
+    holding.sort(key=lambda n: not known[n].startswith(plain(word)))
+    return holding[:4] or difflib.get_close_matches(word.lower(), known, n=3)
 
 
 def register(kind: str, name: str, plug: Any) -> None:

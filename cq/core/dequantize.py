@@ -146,15 +146,15 @@ class Dequantize:
     8-bit floats among them, becomes a float tensor.
 
     `dtype` is F32, which keeps every decoded value, BF16, F16, or `source`: what the layer's marker
-    says its weight was before (`orig_dtype`), BF16 where it says nothing. The layers named in
-    `kept` get the dtype of `source` whatever `dtype` is: those that nothing will quantize again.
-    Scales, markers and the header's entry go; what was never quantized stays as it is, unread.
+    says its weight was before (`orig_dtype`), BF16 where it says nothing. With `layers` these alone
+    are dequantized, the others stay quantized. Scales, markers and the header's entries go; what
+    was never quantized stays as it is, unread.
     """
 
     name: ClassVar[str] = "dequantize"
 
     dtype: str = "F32"
-    kept: tuple[str, ...] = ()
+    layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -164,13 +164,14 @@ class Dequantize:
             )
 
     def arguments(self) -> dict[str, Any]:
-        """The fields; `kept` only if there are any."""
-        return {"dtype": self.dtype, **({"kept": list(self.kept)} if self.kept else {})}
+        """The fields; `layers` only if it is not all of them."""
+        some = {} if self.layers is None else {"layers": list(self.layers)}
+        return {"dtype": self.dtype, **some}
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Stage:
         """The stage of a manifest. Raises: InputError for an unknown or ill-typed argument."""
-        select.refuse_unknown(arguments, ["dtype", "kept"], "the dequantize stage")
+        select.refuse_unknown(arguments, ["dtype", "layers"], "the dequantize stage")
         dtype = arguments.get("dtype", "F32")
         if dtype not in DTYPES:
             raise InputError(
@@ -178,14 +179,16 @@ class Dequantize:
                 hint="choose from " + ", ".join(DTYPES),
                 code="input.manifest",
             )
-        kept = arguments.get("kept", [])
-        if not isinstance(kept, list) or not all(isinstance(layer, str) for layer in kept):
+        if "layers" not in arguments:
+            return cls(dtype=dtype)
+        some = arguments["layers"]
+        if not isinstance(some, list) or not all(isinstance(layer, str) for layer in some):
             raise InputError(
-                f"the dequantize stage's argument `kept` cannot be `{kept!r}`",
+                f"the dequantize stage's argument `layers` cannot be `{some!r}`",
                 hint="it is a list of layer names",
                 code="input.manifest",
             )
-        return cls(dtype=dtype, kept=tuple(kept))
+        return cls(dtype=dtype, layers=tuple(some))
 
     def apply(self, source: Checkpoint) -> Checkpoint:
         """The plain checkpoint. Raises: InputError for a layer that no format reads, PlanError if
@@ -193,26 +196,35 @@ class Dequantize:
         stored = stored_layers(source)
         if not stored and not comfy.find_quantized(source):
             raise PlanError("there is no quantized layer to dequantize", code="plan.not_quantized")
+        chosen = {n: o for n, o in stored.items() if self.layers is None or n in self.layers}
         layers = {
             layer.names["weight"]: _Layer(Decoder(source, layer, layer.shape), self._dtype(layer))
-            for layer in stored.values()
+            for layer in chosen.values()
         }
-        gone = {name for layer in stored.values() for name in layer.owned} - set(layers)
-        gone |= {name for name in source.specs if name.rpartition(".")[2] == SCALED_FP8}
+        gone = {name for layer in chosen.values() for name in layer.owned} - set(layers)
+        left = [layer for name, layer in stored.items() if name not in chosen]
+        if not any(layer.evidence == SCALED_FP8 for layer in left):
+            gone |= {name for name in source.specs if name.rpartition(".")[2] == SCALED_FP8}
         parts: list[Part] = []
         for part in source.parts:
             parts += [layers[name].part() for name in part.tensors if name in layers]
             rest = [name for name in part.tensors if name not in layers and name not in gone]
             if rest:
                 parts.append(part if len(rest) == len(part.tensors) else narrowed(part, rest))
-        metadata = {k: v for k, v in source.metadata.items() if k != comfy.HEADER_KEY}
         notes = tuple(layer.note() for layer in layers.values())
-        return source.after(self, parts=tuple(parts), metadata=metadata, notes=notes)
+        return source.after(self, parts=tuple(parts), metadata=_metadata(source, left), notes=notes)
 
     def _dtype(self, layer: Stored) -> str:
-        if self.dtype != "source" and layer.layer not in self.kept:
+        if self.dtype != "source":
             return self.dtype
         return _DTYPE_NAMES.get(str(layer.settings.get("orig_dtype")), "BF16")
+
+
+def _metadata(source: Checkpoint, left: Iterable[Stored]) -> dict[str, str]:
+    """The metadata, with the header's entries of the layers that stay quantized."""
+    found = {key: value for key, value in source.metadata.items() if key != comfy.HEADER_KEY}
+    entries = {layer.layer: layer.settings for layer in left if layer.evidence == "header"}
+    return {**found, comfy.HEADER_KEY: comfy.header_value(entries)} if entries else found
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ class Family:
     layers whose shape ComfyUI reads to tell the model, so that no packed format may store them.
     `others` says that the family holds more models than the known variants. `rotation` is the
     ConvRot group of quantized files that the model's makers or ComfyUI's released, None if none is
-    known. `notes` are for the user.
+    known. `notes` are for the user. `layers_text` lists what `layers` holds.
     """
 
     name: str
@@ -116,6 +116,13 @@ class Family:
     rotation: int | None
     notes: tuple[str, ...]
     aliases: Mapping[str, tuple[str, ...]]
+    layers_text: str
+
+    @cached_property
+    def layers(self) -> frozenset[str]:
+        """The names of all linear and convolution layers, `cq.core.text.folded`; what adapters for
+        the family change. Empty for a family of which they are not known."""
+        return frozenset(self.layers_text.split())
 
     def role(self, layer: str) -> Role | None:
         """What the layer, named without prefix and `.weight`, is; None for an ordinary one.
@@ -220,7 +227,8 @@ def load(name: str) -> Family:
     `lacks`, `sizes = [[tensor, axis, size]]`), `[[variants]]` (`name` and the same, the first that
     holds counts), perhaps `others = true`, `[[keep]]`, `[[modulation]]`, `[[optional]]` (each with
     `reason` and `patterns`, see `cq.core.select`, over layer names without prefix), `detection`
-    (patterns), `rotation`, `notes` and `[aliases.NAME]` (`keep_also`, names of roles).
+    (patterns), `rotation`, `notes`, `layers` (one text, for the sake of speed) and `[aliases.NAME]`
+    (`keep_also`, names of roles).
 
     Raises: PlanError with near names if there is none, or if its file is not such a family.
 
@@ -379,6 +387,7 @@ def _family(name: str) -> Family:
         rotation=table.take("rotation", int, default=0) or None,
         notes=table.texts("notes"),
         aliases=_aliases(name, table.take("aliases", dict, default={})),
+        layers_text=table.take("layers", str, default=""),
     )
     table.done()
     if family.kind not in KINDS:

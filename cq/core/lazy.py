@@ -15,7 +15,8 @@ from typing import Any
 def exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
     """A module's `__getattr__` that finds each name of `homes` in the module that it is mapped to.
 
-    A module alone holds the object under the same name; `module:other` under another one.
+    A module alone holds the object under the same name; `module:other` under another one. `dir` of
+    the package lists the names.
 
     Source: PEP 562.
     """
@@ -28,4 +29,5 @@ def exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         setattr(sys.modules[package], name, value)  # asked for once
         return value
 
+    sys.modules[package].__dir__ = lambda: sorted(homes)  # type: ignore[method-assign]
     return find

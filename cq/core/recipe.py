@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import orjson
 from cq.core import catalog, select
 from cq.core.comfy import WEIGHT
 from cq.core.dtypes import TensorSpec
-from cq.core.errors import InputError, PlanError
+from cq.core.errors import CqError, InputError, PlanError
 from cq.core.formats import Format
 from cq.core.knowledge import Knowledge
 
 NOTHING = Knowledge()
 _SMALLEST_SIDE = 64
+_ADAPTER = re.compile(r"\.(lora_|lora\.|hada_|lokr_|oft_|dora_)")
 _BLOCK = re.compile(r"(^|\.)\d+\.")
 _FORMAT_NAME = re.compile(r"\w+")
 
@@ -98,14 +100,18 @@ def load_recipe(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     except OSError as error:
         raise InputError(f"`{shown}` cannot be read: {error.strerror}") from error
     except orjson.JSONDecodeError as error:
-        raise InputError(f"`{shown}` is not JSON: {error}", code="input.recipe") from error
+        raise InputError(
+            f"`{shown}` is not JSON: {error}",
+            hint="in JSON a backslash is written twice: `re:blocks\\\\.1\\\\.`",
+            code="input.recipe",
+        ) from error
     if not isinstance(document, dict) or document.get("kind") != "recipe":
         raise InputError(
             f"`{shown}` is not a recipe",
             hint='a recipe begins {"cq": 1, "kind": "recipe", "rules": [',
             code="input.recipe",
         )
-    if document.get("cq") != 1:
+    if document.get("cq") != 1 or type(document["cq"]) is not int:
         raise InputError(
             f"`{shown}` is a recipe of version {document.get('cq')!r}; this cq reads version 1",
             hint="update cq",
@@ -142,33 +148,34 @@ class Choice:
 class _Keep:
     reason: str
     firm: bool
-    tests: tuple[Callable[[str], bool], ...]
+    test: Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class _Generic:
     prefixes: tuple[str, ...]
     rules: tuple[_Keep, ...]
-    roles: Mapping[str, tuple[Callable[[str], bool], ...]]
+    roles: Mapping[str, Callable[[str], bool]]
 
 
 @cache
 def _generic() -> _Generic:
     data: dict[str, Any] = catalog.load("models", "generic")
 
-    def tests(patterns: Sequence[str]) -> tuple[Callable[[str], bool], ...]:
-        return tuple(select.matcher(pattern) for pattern in patterns)
+    def test(patterns: Sequence[str]) -> Callable[[str], bool]:
+        return select.any_matcher(patterns)
 
     return _Generic(
         tuple(data["prefixes"]),
         tuple(
-            _Keep(rule["reason"], rule.get("firm", False), tests(rule["patterns"]))
+            _Keep(rule["reason"], rule.get("firm", False), test(rule["patterns"]))
             for rule in data["keep"]
         ),
-        {role: tests(patterns) for role, patterns in data["roles"].items()},
+        {role: test(patterns) for role, patterns in data["roles"].items()},
     )
 
 
+@lru_cache(maxsize=1 << 16)
 def without_prefix(layer: str) -> str:
     """The layer's name without the prefix under which checkpoints nest a model.
 
@@ -179,14 +186,14 @@ def without_prefix(layer: str) -> str:
     return layer.removeprefix(prefix)
 
 
+@lru_cache(maxsize=1 << 16)
 def has_role(layer: str, role: str) -> bool:
     """Whether the layer is one that ComfyUI treats apart: `embedding`, `experts`, `detection`.
 
     >>> has_role("model.layers.0.mlp.experts", "experts"), has_role("img_in", "detection")
     (True, True)
     """
-    bare = without_prefix(layer)
-    return any(test(bare) for test in _generic().roles[role])
+    return _generic().roles[role](without_prefix(layer))
 
 
 def parse_only(text: str) -> tuple[str, str | None]:
@@ -215,7 +222,7 @@ def choose(
     refuse: Callable[[str, TensorSpec, How], str | None],
 ) -> list[Choice]:
     """Decide for every `.weight` of a checkpoint, in the checkpoint's order; where the default is a
-    plain dtype, for every floating-point tensor.
+    plain dtype, for every floating-point tensor. A rule that asks for one is for all of a layer.
 
     The first of `skip`, `only` and `rules` that matches a layer decides. `only` restricts
     everything to layers that match. A layer that is named, by `only` or by a rule, is stored in
@@ -225,9 +232,10 @@ def choose(
 
     Raises: PlanError if a pattern matches no layer, or there is nothing to do.
     """
-    everything = _casts(default) and not only
+    casting = [rule for rule in rules if not rule.skip and _casts(_meant(default, rule.settings))]
+    everything = not only and (_casts(default) or bool(casting))
     layers = {
-        name: _layer(name)
+        name: layer_of(name)
         for name, spec in specs.items()
         if name.endswith(WEIGHT) or (everything and spec.is_float)
     }
@@ -235,13 +243,22 @@ def choose(
     choices = []
     for name, layer in layers.items():
         how, reason, named = decider.decide(layer)
+        if not name.endswith(WEIGHT) and (how is None or not _casts(how)):  # stores weights alone
+            if not _casts(default):
+                continue
+            if how is not None:
+                how, reason, named = default, "all tensors", False
         if how is not None:
             weight = specs[name]
             obstacle = _impossible(layer, weight, casts=_casts(how))
-            if obstacle is None and not named and not _casts(how):
-                obstacle = _advice(layer, weight, how, known)
+            advice = None if _casts(how) or obstacle else _advice(layer, weight, how, known)
+            if advice is not None and named:
+                reason = f"{reason}, in spite of: {advice}"
+            elif advice is not None:
+                obstacle = advice
             if obstacle is None:
-                refusal = refuse(layer, weight, how)
+                with _told_where(reason if named else None):
+                    refusal = refuse(layer, weight, how)
                 obstacle = None if refusal is None else f"the format refuses it: {refusal}"
             how, reason = (None, obstacle) if obstacle is not None else (how, reason)
         choices.append(Choice(name=name, layer=layer, weight=specs[name], how=how, reason=reason))
@@ -266,12 +283,16 @@ class _Decider:
         skip: Sequence[str],
     ) -> None:
         self._default = default
+        _see_once([parse_only(text)[0] for text in only])
+        _see_once([rule.pattern for rule in rules])
         self._formats = dict(parse_only(text) for text in only)
-        self._rules = {rule.pattern: rule for rule in reversed(rules)}
+        self._rules = {rule.pattern: rule for rule in rules}
         self._only = select.select(tuple(self._formats), layers, what="layer") if only else None
         self._skip = select.select(skip, layers, what="layer") if skip else {}
         patterns = [rule.pattern for rule in rules]
         self._ruled = select.select(patterns, layers, what="layer") if rules else {}
+        for found, which in ((self._only or {}, self._formats), (self._ruled, patterns)):
+            _see_no_idle(found, which)
 
     def decide(self, layer: str) -> tuple[How | None, str, bool]:
         """How a layer is stored, why, and whether it was named."""
@@ -284,7 +305,7 @@ class _Decider:
             named, pattern = True, self._only[layer]
             format_name = self._formats[pattern]
             if format_name is not None:
-                how = self._how({"format": format_name})
+                how = _meant(self._default, {"format": format_name})
                 return how, f"`--only {pattern}={format_name}`", True
             reason = f"`--only {pattern}`"
         if layer in self._ruled:
@@ -292,29 +313,78 @@ class _Decider:
             reason = rule.reason or f"the recipe's rule `{rule.pattern}`"
             if rule.skip:
                 return None, reason, True
-            return self._how(rule.settings), reason, True
+            return _meant(self._default, rule.settings), reason, True
         if not named:
             reason = "a linear layer of a block" if not _casts(self._default) else "all tensors"
         return self._default, reason, named
 
-    def _how(self, settings: Mapping[str, str]) -> How:
-        if settings.get("format", self._default.format) == self._default.format:
-            return replace(self._default, **settings)
-        return How(**settings)  # the default's settings are not meant for another format
+
+def _meant(default: How, settings: Mapping[str, str]) -> How:
+    """What the settings of a rule ask for."""
+    if settings.get("format", default.format) == default.format:
+        return replace(default, **settings)
+    return How(**settings)  # the default's settings are not meant for another format
 
 
+@contextmanager
+def _told_where(rule: str | None) -> Iterator[None]:
+    """Adds the rule to an error about settings that do not go together."""
+    try:
+        yield
+    except CqError as error:
+        if rule is not None:
+            error.message += f" (asked for by {rule})"
+        raise
+
+
+def _see_once(patterns: Sequence[str]) -> None:
+    """Raise for a pattern that stands twice: only the first would count."""
+    twice = next((p for i, p in enumerate(patterns) if p in patterns[:i]), None)
+    if twice is not None:
+        raise PlanError(
+            f"the pattern `{twice}` stands twice",
+            hint="the first that matches decides; take one of them out",
+            code="plan.pattern_idle",
+        )
+
+
+def _see_no_idle(found: Mapping[str, str], patterns: Iterable[str]) -> None:
+    """Raise for a pattern whose layers all match an earlier one: whoever wrote it meant another
+    order."""
+    busy = set(found.values())
+    idle = next((pattern for pattern in patterns if pattern not in busy), None)
+    if idle is not None:
+        test = select.matcher(idle)
+        first = next(pattern for layer, pattern in found.items() if test(layer))
+        raise PlanError(
+            f"the pattern `{idle}` decides nothing: its layers match `{first}` before",
+            hint="the first that matches decides, so put the narrower one first",
+            code="plan.pattern_idle",
+        )
+
+
+@lru_cache
 def _casts(how: How) -> bool:
     plug: Any = catalog.load("formats", how.format)
     return bool(plug.casts)
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
+    """The layer that patterns see for a tensor.
+
+    >>> layer_of("blocks.0.mlp.weight"), layer_of("blocks.0.mlp.bias"), layer_of("pos_embed")
+    ('blocks.0.mlp', 'blocks.0.mlp', 'pos_embed')
+    """
     return name.removesuffix(WEIGHT) if name.endswith(WEIGHT) else name.rpartition(".")[0] or name
 
 
 def _why_nothing(choices: Sequence[Choice]) -> str:
     if not choices:
         return "the checkpoint has no tensor that ends in `.weight`"
+    if sum(_ADAPTER.search(choice.name) is not None for choice in choices) * 2 > len(choices):
+        return (
+            "this is an adapter, such as a LoRA: merge it into its model, `cq merge MODEL ADAPTER`"
+        )
     reasons: dict[str, int] = {}
     for choice in choices:
         reasons[choice.reason] = reasons.get(choice.reason, 0) + 1
@@ -324,7 +394,7 @@ def _why_nothing(choices: Sequence[Choice]) -> str:
 
 def _impossible(layer: str, spec: TensorSpec, *, casts: bool) -> str | None:
     if not spec.is_float:
-        return f"its weight is {spec.dtype}, not floating point"
+        return f"its weight is {spec.dtype}, quantized already or no weight at all"
     if casts:
         return None
     stacked = len(spec.shape) == 3 and has_role(layer, "experts")
@@ -350,6 +420,7 @@ def _advice(layer: str, spec: TensorSpec, how: How, known: Knowledge) -> str | N
     return None
 
 
+@lru_cache
 def _few_bits(how: How) -> bool:
     """Whether the format has less than 8 bits for a weight."""
     plug: Format = catalog.load("formats", how.format)
@@ -361,10 +432,6 @@ def _few_bits(how: How) -> bool:
 def _kept(layer: str, *, firm: bool) -> str | None:
     bare = without_prefix(layer)
     return next(
-        (
-            rule.reason
-            for rule in _generic().rules
-            if rule.firm == firm and any(t(bare) for t in rule.tests)
-        ),
+        (rule.reason for rule in _generic().rules if rule.firm == firm and rule.test(bare)),
         None,
     )

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from cq.core.checkpoint import Checkpoint, Part
+from cq.core.dtypes import TensorSpec, torch_dtype
 from cq.core.engine import local
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ class Rows:
         return portions[0] if len(portions) == 1 else torch.cat(portions)
 
 
+def empty(spec: TensorSpec) -> torch.Tensor:
+    """A tensor without elements, for which no part yields a piece."""
+    import torch
+
+    return torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+
+
 def segments(part: Part, name: str) -> Iterator[torch.Tensor]:
     """The row segments of a part's tensor `name`, checked against its promise."""
     return (piece.tensor for piece in local.checked(part) if piece.name == name)
@@ -79,6 +87,9 @@ def read_apart(
             elif piece.name == weight:
                 codes.append(piece.tensor)
     others = {
-        name: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for name, pieces in found.items()
+        name: (pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        if pieces
+        else empty(checkpoint.specs[name])
+        for name, pieces in found.items()
     }
     return codes if together else segments(weight_part, weight), others

@@ -36,15 +36,36 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     return lambda name: glob.match(name) is not None
 
 
+def any_matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Whether a name matches one of `patterns`, all of them tried at once.
+
+    Raises: UsageError as `matcher`.
+
+    >>> any_matcher(["img_in", "re:^out[.]", "re:norm$"])("out.2")
+    True
+    """
+    for pattern in patterns:
+        matcher(pattern)
+    globs = [fnmatch.translate(p) for p in patterns if not p.startswith("re:")]
+    whole = re.compile("|".join(globs) or "(?!)").match
+    anywhere = re.compile(
+        "|".join(f"(?:{p[3:]})" for p in patterns if p.startswith("re:")) or "(?!)"
+    ).search
+    return lambda name: anywhere(name) is not None or whole(name) is not None
+
+
 def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> dict[str, str]:
     """Names that match, each with the first pattern that it matches.
 
     Raises: PlanError if a pattern matches none of `names`; `what` says what the names are.
     """
     candidates = list(names)
-    tests = [(pattern, matcher(pattern)) for pattern in patterns]
-    for pattern, test in tests:
-        if not any(test(name) for name in candidates):
+    there = set(candidates)
+    # A recipe may name thousands of layers in full: those are looked up, not tried on all others.
+    exact = {name: i for i, name in reversed([*enumerate(patterns)]) if _is_name(name)}
+    tests = {i: matcher(pattern) for i, pattern in enumerate(patterns) if pattern not in exact}
+    for i, pattern in enumerate(patterns):
+        if not (pattern in there if pattern in exact else any(map(tests[i], candidates))):
             raise PlanError(
                 f"the pattern `{pattern}` matches no {what}",
                 hint=nearest(pattern, candidates),
@@ -52,10 +73,15 @@ def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> dict[
             )
     chosen = {}
     for name in candidates:
-        first = next((pattern for pattern, test in tests if test(name)), None)
-        if first is not None:
-            chosen[name] = first
+        last = exact.get(name, len(patterns))
+        first = next((i for i, test in tests.items() if i < last and test(name)), last)
+        if first < len(patterns):
+            chosen[name] = patterns[first]
     return chosen
+
+
+def _is_name(pattern: str) -> bool:
+    return not pattern.startswith("re:") and not any(sign in pattern for sign in "*?[")
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:

@@ -153,6 +153,7 @@ def runs(x: torch.Tensor, weight: QuantizedTensor) -> bool:
     return (
         here is not None
         and known is not None
+        and x.numel() > 0
         and hasattr(here, known[0])
         and x.dtype in {torch.float32, torch.float16, torch.bfloat16}
     )
@@ -181,7 +182,7 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     found: torch.Tensor = type(other).__torch_dispatch__(
         torch.ops.aten.linear.default, (type(other),), (x, other, bias)
     )
-    return found
+    return found.to(x.dtype)  # awq_w4a16 computes in the dtype of its scales
 
 
 # Our layouts among its own -----------------------------------------------------------------------

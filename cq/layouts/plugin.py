@@ -56,11 +56,28 @@ class LayoutFormat(Format):
             return f"its weight is {weight}, not a matrix"
         try:
             tensors, settings = self._planned(weight.shape)
-            json.dumps(settings)
-        except (*_FAILURES, OverflowError) as error:
+        except (ValueError, RuntimeError, OverflowError) as error:
             return f"`{self.name}.quantize` fails on it ({type(error).__name__}: {error})"
+        except Exception as error:  # a mistake in the layout's own code, not in the weight's shape
+            raise _failed(self.name, error) from error
+        try:
+            json.dumps(settings)
+        except (TypeError, ValueError) as error:
+            return f"`{self.name}.quantize` returns what is no plain JSON ({error})"
         strange = next((s for s in tensors.values() if s.dtype not in DTYPES), None)
-        return f"a file cannot hold {strange}" if strange is not None else None
+        if strange is not None:
+            return f"a file cannot hold {strange}"
+        if tensors["weight"].is_float:
+            return f"`{self.name}.quantize` returns codes in {tensors['weight'].dtype}"
+        try:
+            shape = self.shape(tensors, settings)
+        except InputError as error:
+            raise _failed(self.name, error) from error
+        if shape == tensors["weight"].shape:
+            return None  # which `shape` says as well if the layout looks at numbers
+        if len(shape) != 2 or any(a < b for a, b in zip(shape, weight.shape, strict=True)):
+            return f"`{self.name}.dequantize` makes {list(shape)} of it"
+        return None
 
     def tensors(self, weight: TensorSpec, scaling: str) -> dict[str, TensorSpec]:
         """What `quantize` returns for a weight of this shape."""
@@ -78,8 +95,10 @@ class LayoutFormat(Format):
 
         Raises: PlanError if a parameter of the marker depends on the weight's numbers.
         """
-        qdata, params = self.layout.quantize(weight)
-        tensors, marker = self.layout.to_stored(qdata, params)
+        try:
+            tensors, marker = _returned(self.layout, self.layout.quantize(weight))
+        except Exception as error:  # whatever the layout's own code raises
+            raise _failed(self.name, error) from error
         planned = self._planned(tuple(weight.shape))[1]
         if marker != planned:
             raise PlanError(
@@ -148,8 +167,25 @@ def _plan(
     except _FAILURES:
         # It looks at numbers. Ones have every sum, norm and quotient that it may ask for.
         found = layout.quantize(torch.ones(shape))
-    tensors, marker = layout.to_stored(*found)
+    tensors, marker = _returned(layout, found)
     return {name: spec_of(tensor) for name, tensor in tensors.items()}, marker
+
+
+def _returned(layout: Any, found: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `quantize` returned, as a file holds it."""
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], dict)):
+        raise TypeError(f"it returned {type(found).__name__}, not a pair of codes and parameters")
+    stored: tuple[dict[str, torch.Tensor], dict[str, Any]] = layout.to_stored(*found)
+    return stored
+
+
+def _failed(name: str, error: Exception) -> PlanError:
+    return PlanError(
+        f"the layout `{name}` fails: {type(error).__name__}: {error}",
+        hint="its `quantize` and `dequantize` are class methods: `quantize(cls, tensor)` returns"
+        " codes and a dict of parameters, `dequantize(cls, qdata, **parameters)` the floats",
+        code="plan.layout",
+    )
 
 
 @cache

@@ -19,10 +19,7 @@ class Quip(Rtn):
 
     name = "quip"
     rotates = True
-    note = (
-        "without calibration data quip rounds each rotated weight to the nearest level"
-        " (LDLQ with H = I)"
-    )
+    note = "without calibration data quip rounds to the nearest level, in the rotated basis"
 
 
 PLUG = Quip()

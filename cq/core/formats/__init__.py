@@ -115,8 +115,32 @@ class Fault(tuple[str, str]):
         return super().__new__(cls, (slug, sentence))
 
 
-def loaded_by(plugs: Iterable[Format]) -> str:
-    """Who loads a checkpoint of such formats: a ComfyUI release, perhaps with a custom loader.
+def first_release(plug: Format, *, embedding: bool, experts: bool, rotated: bool) -> str | None:
+    """The first ComfyUI release that reads a layer of that kind in the format; None if none does.
+
+    >>> from cq.core import catalog
+    >>> int8 = catalog.load("formats", "int8_tensorwise")
+    >>> first_release(int8, embedding=True, experts=False, rotated=True)
+    '0.30.0'
+    """
+    if plug.first_comfyui is None:
+        return None
+    releases = [plug.first_comfyui]
+    if embedding:
+        releases.append("0.30.0" if rotated else "0.21.0")
+    if experts:
+        releases.append("0.23.0")
+    return newest(releases)
+
+
+def newest(releases: Iterable[str]) -> str | None:
+    """The newest of `releases`, None of none."""
+    return max(releases, key=lambda r: [int(n) for n in r.split(".")], default=None)
+
+
+def loaded_by(plugs: Iterable[Format], releases: Iterable[str] = ()) -> str:
+    """Who loads a checkpoint of such formats, whose layers need `releases` besides: a ComfyUI
+    release, perhaps with a custom loader.
 
     >>> from cq.core import catalog
     >>> loaded_by([catalog.load("formats", "int8_tensorwise"), catalog.load("formats", "bf16")])
@@ -124,9 +148,9 @@ def loaded_by(plugs: Iterable[Format]) -> str:
     """
     marked = [plug for plug in plugs if not plug.casts]
     custom = sorted({plug.loader or plug.name for plug in marked if plug.first_comfyui is None})
-    releases = [plug.first_comfyui for plug in marked if plug.first_comfyui is not None]
-    newest = max(releases, key=lambda r: [int(n) for n in r.split(".")], default=None)
-    told = "any ComfyUI" if newest is None else f"ComfyUI {newest} or newer"
+    own = [plug.first_comfyui for plug in marked if plug.first_comfyui is not None]
+    least = newest([*own, *releases])
+    told = "any ComfyUI" if least is None else f"ComfyUI {least} or newer"
     return f"{told} with {' and '.join(custom)}" if custom else told
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cq.core.dtypes import TensorSpec
+from cq.core.errors import InputError
 from cq.core.formats import Fault, Format, plain_shape
 from cq.core.grid import Scales
 from cq.core.packing import spread
@@ -162,8 +163,15 @@ class Int8Tensorwise(Format):
         return faults
 
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
-        """The stored weight's own. Raises: InputError if the scale does not fit it."""
-        return plain_shape(stored)
+        """The stored weight's own. Raises: InputError if the scale or the rotation does not fit."""
+        shape = plain_shape(stored)
+        group = convrot_group(marker)
+        if group is not None and (not is_group(group) or shape[1] % group):
+            raise InputError(
+                f"the rotation group {group} is no power of 4 that divides K={shape[1]}",
+                code="input.rotation",
+            )
+        return shape
 
     def unpack(
         self,
