@@ -9,8 +9,10 @@ Source: ComfyUI `comfy/ops.py:_load_quantized_module` (JSON bytes of a U8 tensor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -30,8 +32,15 @@ _FOREIGN_CODES = ".qweight"
 def marker_bytes(settings: Mapping[str, Any]) -> bytes:
     """The marker's text. Separators as ComfyUI's own files have them, so that equal settings are
     equal bytes: `{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 256}`."""
-    import json
+    try:
+        return _marker_bytes(tuple(settings.items()))
+    except TypeError:  # a list, such as a shape, has no hash
+        return json.dumps(dict(settings)).encode()
 
+
+@lru_cache(maxsize=256)
+def _marker_bytes(settings: tuple[tuple[str, Any], ...]) -> bytes:
+    # Layers by the thousand have the same marker.
     return json.dumps(dict(settings)).encode()
 
 

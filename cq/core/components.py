@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from cq.core.dtypes import TensorSpec
@@ -70,6 +71,7 @@ _VAE_NAMES = (
 )
 
 
+@lru_cache(maxsize=1 << 16)
 def component_of(name: str) -> Place:
     """The component that a tensor or layer of that name belongs to.
 

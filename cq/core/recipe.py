@@ -155,6 +155,7 @@ class _Keep:
 class _Generic:
     prefixes: tuple[str, ...]
     rules: tuple[_Keep, ...]
+    any_rule: Callable[[str], bool]
     roles: Mapping[str, Callable[[str], bool]]
 
 
@@ -170,6 +171,9 @@ def _generic() -> _Generic:
         tuple(
             _Keep(rule["reason"], rule.get("firm", False), test(rule["patterns"]))
             for rule in data["keep"]
+        ),
+        lru_cache(maxsize=1 << 16)(
+            test([pattern for rule in data["keep"] for pattern in rule["patterns"]])
         ),
         {role: test(patterns) for role, patterns in data["roles"].items()},
     )
@@ -430,8 +434,10 @@ def _few_bits(how: How) -> bool:
 
 
 def _kept(layer: str, *, firm: bool) -> str | None:
-    bare = without_prefix(layer)
+    bare, generic = without_prefix(layer), _generic()
+    if not generic.any_rule(bare):  # most layers have none: one test for all of them
+        return None
     return next(
-        (rule.reason for rule in _generic().rules if rule.firm == firm and rule.test(bare)),
+        (rule.reason for rule in generic.rules if rule.firm == firm and rule.test(bare)),
         None,
     )
