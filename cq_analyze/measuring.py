@@ -282,7 +282,14 @@ def _dots(left: torch.Tensor, right: torch.Tensor) -> float:
     whole = flat.numel() // _BLOCK_ELEMENTS * _BLOCK_ELEMENTS
     products = flat * other
     blocks = products[:whole].view(-1, _BLOCK_ELEMENTS).sum(1, dtype=torch.float64).tolist()
-    return math.fsum([*blocks, float(products[whole:].sum(dtype=torch.float64))])
+    total = math.fsum([*blocks, float(products[whole:].sum(dtype=torch.float64))])
+    if left.dtype == torch.float64 or (math.isfinite(total) and abs(total) > _SMALLEST_SUM):
+        return total
+    return _dots(left.double(), right.double())  # float32 overflowed, or lost what is there
+
+
+_SMALLEST_SUM = 2.0**-100  # a sum of float32 products near it has lost some of them
+_SMALL = 2.0**-24
 
 
 @dataclass(slots=True)
@@ -304,10 +311,13 @@ class _Shapes:
         if matrix != self._matrix:
             self._close()
             self._matrix = matrix
-        square = rows * rows
-        if not bool(torch.isfinite(square.sum(dtype=torch.float64))):
-            return False
         total = float(rows.sum(dtype=torch.float64))
+        if not math.isfinite(total):
+            return False
+        largest = float(torch.maximum(rows.amax(), -rows.amin()))
+        if not _SMALL < largest < 1 / _SMALL:  # whose fourth powers float32 does not hold
+            rows = rows.double()
+        square = rows * rows
         self._powers.append([total, _dots(rows, rows), _dots(square, rows), _dots(square, square)])
         self._count += rows.numel()
         absmax = torch.maximum(rows.amax(1), -rows.amin(1))

@@ -7,14 +7,11 @@ files that anybody may have made, so every text is escaped, and none gets into t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cq.cli.output import size
-from cq.core.errors import PlanError, ResourceError
 from cq.core.text import printable
 from cq.version import VERSION
 from cq_analyze.chart import Series, chart, color, dash
@@ -78,52 +75,6 @@ def page(analysis: Analysis, measured: Measurements) -> str:
         f"<script>{_SCRIPT}</script></body></html>",
     ]
     return "\n".join(parts) + "\n"
-
-
-def save(text: str, path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Write a page to a file, whole or not at all.
-
-    Raises: as `check`.
-    """
-    check(path, force=force)
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        partial.replace(target)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def check(path: str | os.PathLike[str], *, force: bool) -> None:
-    """See, before any work, that a page can be written.
-
-    Raises: PlanError if the file exists, unless `force`, or is none; ResourceError if its directory
-    is missing.
-    """
-    shown = printable(os.fspath(path))
-    if os.path.exists(path) and not force:
-        raise PlanError(
-            f"`{shown}` exists already",
-            where=shown,
-            hint="choose another file, or add `--force` to replace it",
-            code="plan.output_exists",
-        )
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise PlanError(f"`{shown}` is not a regular file", where=shown, code="plan.output_kind")
-    parent = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(parent):
-        raise ResourceError(
-            f"the directory `{printable(parent)}` does not exist",
-            where=shown,
-            code="resource.directory",
-        )
-
-
-def _unwritable(path: str | os.PathLike[str], error: OSError) -> ResourceError:
-    shown = printable(os.fspath(path))
-    told = (error.strerror or str(error)).lower()
-    return ResourceError(f"cannot write `{shown}`: {told}", where=shown, code="resource.output")
 
 
 def _heading(analysis: Analysis) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cq.core import catalog
 from cq.core.checkpoint import Checkpoint
+from cq.core.errors import PlanError
 from cq.core.formats import Format, loaded_by
 from cq.core.knowledge import AUTO
 from cq.core.recipe import Rule, load_recipe
@@ -64,7 +65,14 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     Raises: PlanError or InputError as `cq quant` does.
     """
     stage = catalog.load("stages", "quant").from_arguments(settings.arguments())
-    found: Checkpoint = stage.apply(checkpoint)
+    try:
+        found: Checkpoint = stage.apply(checkpoint)
+    except PlanError as error:
+        if error.code == "plan.already_quantized":
+            error.hint = (
+                "`cq analyze FILE` alone describes it; `cq quant FILE --requantize --dry-run` plans"
+            )
+        raise
     return found
 
 

@@ -9,18 +9,15 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from cq.core import catalog, comfy
 from cq.core.checkpoint import Checkpoint
-from cq.core.errors import PlanError, ResourceError
 from cq.core.families import Match
 from cq.core.formats import Format
 from cq.core.knowledge import AUTO, know
 from cq.core.recipe import Rule, layer_of
-from cq.core.source import SourceFile
-from cq.core.text import as_text, printable
+from cq.core.text import as_text
 from cq.version import VERSION
 from cq_analyze.planning import Settings, planned
 
@@ -112,10 +109,16 @@ def text(recipe: Mapping[str, Any]) -> str:
     return "{" + ",\n ".join([*head, body]) + "}"
 
 
+def written(recipe: Mapping[str, Any]) -> str:
+    """A recipe as a file has it."""
+    return text(recipe) + "\n"
+
+
 def _rule(layer: str, decisions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The rule of a layer. A plain dtype stores its bias as well: one rule is for all its
     tensors."""
-    changed = [decision for decision in decisions if decision["action"] == "quantize"]
+    # What is so already keeps its rule: elsewhere it may not be.
+    changed = [decision for decision in decisions if "format" in decision]
     ordered = sorted(changed or decisions, key=lambda d: not d["tensor"].endswith(comfy.WEIGHT))
     first = ordered[0]
     rule: dict[str, Any] = {"layers": exactly(layer)}
@@ -127,9 +130,9 @@ def _rule(layer: str, decisions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _settings(decision: Mapping[str, Any]) -> dict[str, str]:
+    if decision.get("optimizer") is None:
+        return {"format": decision["format"]}
     found: dict[str, str] = {"format": decision["format"], "scaling": decision["scaling"]}
-    if decision["optimizer"] is None:
-        return found
     found["optimizer"] = decision["optimizer"]
     plug: Format = catalog.load("formats", decision["format"])
     if decision["rotation"] is not None:
@@ -137,42 +140,3 @@ def _settings(decision: Mapping[str, Any]) -> dict[str, str]:
     elif plug.rotation != "always" and not catalog.load("optimizers", found["optimizer"]).rotates:
         found["rotate"] = "off"
     return found
-
-
-def save(
-    recipe: Mapping[str, Any],
-    path: str | os.PathLike[str],
-    *,
-    inputs: Iterable[SourceFile] = (),
-    force: bool = False,
-) -> None:
-    """Write a recipe to a file, whole or not at all.
-
-    Raises: PlanError if the file is one of `inputs`, or exists, unless `force`; ResourceError if it
-    cannot be written.
-    """
-    target = Path(path)
-    shown = printable(str(target))
-    if any(file.same_file(target) for file in inputs):
-        raise PlanError(
-            f"`{shown}` is the input itself",
-            where=shown,
-            hint="choose another output; cq never overwrites what it reads",
-            code="plan.output_is_input",
-        )
-    if os.path.exists(target) and not force:
-        raise PlanError(
-            f"`{shown}` exists already",
-            where=shown,
-            hint="choose another output, or add `--force` to replace it",
-            code="plan.output_exists",
-        )
-    try:
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text(recipe) + "\n", encoding="utf-8")
-        partial.replace(target)
-    except (OSError, ValueError) as error:
-        told = getattr(error, "strerror", None) or str(error)
-        raise ResourceError(
-            f"cannot write `{shown}`: {told.lower()}", where=shown, code="resource.output"
-        ) from error

@@ -252,9 +252,12 @@ def _note(choice: recipe.Choice, layer: Layer | None) -> dict[str, Any]:
         "nbytes": choice.weight.nbytes,
     }
     if layer is None:
-        return (
-            note if choice.how is None else note | {"reason": f"is {choice.weight.dtype} already"}
-        )
+        if choice.how is None:
+            return note
+        return note | {
+            "reason": f"is {choice.weight.dtype} already",
+            "format": choice.how.format,
+        }
     plan = layer.plan
     stored = layer.tensors().values()
     return note | {

@@ -77,7 +77,10 @@ def test_analyze_tells_every_released_model(name: str, tmp_path: Path) -> None:
     for division in ("dtypes", "roles"):
         for key in ("tensors", "parameters", "nbytes"):
             assert sum(a[key] for a in inventory[division].values()) == inventory[key]
-    assert found["plan"]["nbytes"] < found["nbytes_file"]
+    if family == "clip":  # ComfyUI builds it without quantized layers
+        assert found["plan"] is None
+    else:
+        assert found["plan"]["nbytes"] < found["nbytes_file"]
 
 
 def test_plan_is_that_of_quant(tmp_path: Path) -> None:

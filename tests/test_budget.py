@@ -19,7 +19,7 @@ import cq_quant
 from cq.core import sink
 from cq.core.errors import PlanError, UsageError
 from cq.core.recipe import Rule, load_recipe
-from cq_analyze import recipes
+from cq_analyze import recipes, saving
 from cq_analyze.budget import Mixture, choose_formats
 from cq_analyze.deep import Measurements, measure
 from cq_analyze.knapsack import Packing, Way, least_size, pack
@@ -274,7 +274,7 @@ def check_file(found: Mixture, recipe: Path, out: Path) -> None:
 @pytest.mark.parametrize("budget", [3_800_000, 4_700_000])
 def test_recipe_makes_the_promised_file(digits: Measurements, budget: int, tmp_path: Path) -> None:
     found = choose_formats(digits, budget=budget)
-    recipes.save(found.to_dict(), tmp_path / "r.json")
+    saving.save(recipes.written(found.to_dict()), tmp_path / "r.json")
     check_file(found, tmp_path / "r.json", tmp_path / "out.safetensors")
 
 
@@ -289,7 +289,7 @@ def test_recipe_of_odd_names_and_wide_weights_makes_the_promised_file(tmp_path: 
     for i, budget in enumerate((least, least * 5 // 4, least * 7 // 4)):
         found = choose_formats(measured, budget=budget)
         assert found.nbytes <= budget
-        recipes.save(found.to_dict(), tmp_path / f"{i}.json")
+        saving.save(recipes.written(found.to_dict()), tmp_path / f"{i}.json")
         check_file(found, tmp_path / f"{i}.json", tmp_path / f"{i}.safetensors")
 
 

@@ -25,7 +25,7 @@ from cq.cli.output import Terminal
 from cq.core.checkpoint import Checkpoint, Piece
 from cq.core.errors import PlanError, ResourceError, UsageError
 from cq.core.recipe import Rule
-from cq_analyze import candidates, chart, measuring, metrics, page
+from cq_analyze import candidates, chart, measuring, metrics, page, saving
 from cq_analyze.deep import Cost, MeasuredLayer, Measurements, measure
 from tests import processes
 from tests.test_architecture import check
@@ -378,15 +378,15 @@ def test_chart_takes_any_levels(levels: dict[str, float]) -> None:
 
 def test_page_is_written_whole_and_never_over_a_file(tmp_path: Path) -> None:
     path = tmp_path / "r.html"
-    page.save("one", path)
+    saving.save("one", path)
     with pytest.raises(PlanError, match="exists already"):
-        page.save("two", path)
+        saving.save("two", path)
     assert path.read_text() == "one"
-    page.save("two", path, force=True)
+    saving.save("two", path, force=True)
     assert path.read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
     with pytest.raises(ResourceError, match="does not exist"):
-        page.save("x", tmp_path / "none" / "r.html")
+        saving.save("x", tmp_path / "none" / "r.html")
 
 
 # The command ------------------------------------------------------------------------------------
@@ -450,3 +450,23 @@ def test_analyze_refuses_wrong_words_before_it_reads(
     assert told[:2] == (code, "")
     assert words in told[2]
     assert "%" not in told[2], "no progress"
+
+
+def test_page_never_replaces_the_model_it_is_about(tmp_path: Path) -> None:
+    model = make.save(tmp_path / "model.safetensors", make.model())
+    before = model.read_bytes()
+    done = processes.cq("analyze", model, "--deep", "--report", model, "--force")
+    assert (done.code, "is the input itself" in done.err) == (4, True)
+    assert before == model.read_bytes()
+
+
+def test_layers_of_any_scale_are_measured(tmp_path: Path) -> None:
+    """Squares that float32 cannot hold are neither nothing nor infinite."""
+    tensors = {f"blocks.{i}.a.weight": make.weight(128, 128) for i in range(3)}
+    tensors["blocks.1.a.weight"] *= 1e-26
+    tensors["blocks.2.a.weight"] *= 1e19
+    found = measure(cq.open(make.save(tmp_path / "in.safetensors", tensors)))
+    for layer in found.layers:
+        assert layer.broken is None
+        errors = {c.candidate.format: c.error for c in layer.costs if c.error is not None}
+        assert 25 < errors["mxfp8"].sqnr < 60

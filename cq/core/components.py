@@ -52,7 +52,7 @@ _PLACES = re.compile(
     r"(?P<diffusion>(?:model\.)?diffusion_model\.)"
     r"|(?P<vae>(?:first_stage_model|vae|audio_vae|vocoder)\.)"
     r"|(?P<text>(?:cond_stage_model\.(?:(?:clip_[lgh]|t5xxl)\.)?|conditioner\.embedders\.\d+\."
-    r"|text_encoders\.[^.]+\.|text_encoder(?:_\d)?\.|clip_[lgh]\.|text_embedding_projection\.))"
+    r"|text_encoders\.[^.]+\.|text_encoder(?:_\d)?\.|clip_[lgh]\.|t5xxl\.|text_embedding_projection\.))"
     r"|(?P<other>model_ema\.)"
 )
 _PLACE_KINDS = {

@@ -114,6 +114,7 @@ class Family:
     optional: tuple[Group, ...]
     detection: tuple[str, ...]
     rotation: int | None
+    unloadable: str | None
     notes: tuple[str, ...]
     aliases: Mapping[str, tuple[str, ...]]
     layers_text: str
@@ -385,6 +386,7 @@ def _family(name: str) -> Family:
         optional=tuple(_group(t) for t in table.tables("optional")),
         detection=table.texts("detection"),
         rotation=table.take("rotation", int, default=0) or None,
+        unloadable=table.take("unloadable", str, default="") or None,
         notes=table.texts("notes"),
         aliases=_aliases(name, table.take("aliases", dict, default={})),
         layers_text=table.take("layers", str, default=""),

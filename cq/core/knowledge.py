@@ -59,6 +59,11 @@ class Knowledge:
         found = self.of(layer)
         return found is not None and found[0].variant is not None
 
+    def unloadable(self, layer: str) -> str | None:
+        """Why ComfyUI would not load the layer quantized, in any format; None if it would."""
+        found = self.of(layer)
+        return None if found is None else found[0].family.unloadable
+
     def rotation(self, layer: str) -> int | None:
         """The rotation group that the layer's family calls for."""
         found = self.of(layer)
@@ -123,7 +128,7 @@ def _told(specs: Mapping[str, TensorSpec], name: str) -> Match:
             hint="leave `--family` out: it is found by itself, or general rules apply",
             code="plan.family",
         )
-    return Match(family, name, prefix)
+    return Match(family, None, prefix)  # not sure enough to leave the general rules out
 
 
 def _layers(specs: Mapping[str, TensorSpec]) -> Iterable[str]:

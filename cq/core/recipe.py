@@ -24,6 +24,7 @@ from cq.core.dtypes import TensorSpec
 from cq.core.errors import CqError, InputError, PlanError
 from cq.core.formats import Format
 from cq.core.knowledge import Knowledge
+from cq.core.text import printable
 
 NOTHING = Knowledge()
 _SMALLEST_SIDE = 64
@@ -84,6 +85,8 @@ class Rule:
         if pattern is None:
             raise wrong("names no `layers`", "write a glob, or a regular expression after `re:`")
         skip, reason = plain.pop("skip", False), plain.pop("reason", None)
+        if reason is not None:
+            reason = printable(reason, 300)
         if skip and plain:
             raise wrong(f"skips its layers, so its `{next(iter(plain))}` means nothing")
         return cls(pattern=pattern, skip=skip, settings=plain, reason=reason)
@@ -255,10 +258,12 @@ def choose(
         if how is not None:
             weight = specs[name]
             obstacle = _impossible(layer, weight, casts=_casts(how))
+            if obstacle is None and not _casts(how):
+                obstacle = known.unloadable(layer)
             advice = None if _casts(how) or obstacle else _advice(layer, weight, how, known)
-            if advice is not None and named:
+            if advice is not None and named and not reason.endswith(advice):
                 reason = f"{reason}, in spite of: {advice}"
-            elif advice is not None:
+            elif advice is not None and not named:
                 obstacle = advice
             if obstacle is None:
                 with _told_where(reason if named else None):

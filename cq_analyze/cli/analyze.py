@@ -61,6 +61,7 @@ def register(app: typer.Typer) -> None:
           cq analyze flux.safetensors --format nvfp4 --json
           cq analyze flux.safetensors --deep --report flux.html
         """
+        from cq_analyze import saving
         from cq_analyze.description import analyze as analyze_checkpoint
 
         here = options.terminal()
@@ -68,16 +69,16 @@ def register(app: typer.Typer) -> None:
             deeply.check_words(
                 metric or "sqnr",
                 sort or "name",
-                report,
                 among=among,
                 allow_custom_loader=allow_custom_loader,
-                force=force,
             )
         else:
             words = {"--among": among, "--metric": metric, "--sort": sort, "--report": report}
             more = {"--force": force, "--workers": workers, "--memory-limit": memory_limit}
             deeply.refuse_without("`--deep`", {**words, **more})
         checkpoint = options.open_input(model)
+        if report is not None:
+            saving.check(report, inputs=checkpoint.inputs, force=force)
         found = analyze_checkpoint(
             checkpoint,
             format=format,

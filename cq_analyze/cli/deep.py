@@ -132,15 +132,12 @@ def chosen(
 def check_words(
     metric: str,
     sort: str,
-    report: str | None,
     *,
     among: Sequence[str] | None,
     allow_custom_loader: bool,
-    force: bool,
 ) -> None:
     """What can be told before weights are read. Raises: UsageError for an unknown metric or order;
-    PlanError for an unknown format; PlanError or ResourceError if the page cannot be written."""
-    from cq_analyze import page
+    PlanError for an unknown format."""
     from cq_analyze.candidates import candidates
     from cq_analyze.deep import METRICS, check_order
 
@@ -148,15 +145,13 @@ def check_words(
     check_order(sort, ways)
     if metric not in METRICS:
         raise UsageError(f"there is no metric `{metric}`", hint="choose from " + ", ".join(METRICS))
-    if report is not None:
-        page.check(report, force=force)
 
 
 def write_page(analysis: Analysis, found: Measurements, path: str, *, force: bool) -> None:
     """Write the page and say so."""
-    from cq_analyze import page
+    from cq_analyze import page, saving
 
-    page.save(page.page(analysis, found), path, force=force)
+    saving.save(page.page(analysis, found), path, force=force)
     options.terminal().say(f"analyze: wrote `{path}`")
 
 

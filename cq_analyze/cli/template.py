@@ -39,16 +39,16 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Print the recipe of what `cq quant` would do, a rule for each layer, to be edited.
 
-        `cq quant --recipe` with the file unchanged writes the same bytes as without it. With
-        --budget or --min-sqnr the weights are read, and each layer gets the format that serves the
-        limit best.
+        `cq quant --recipe` with the file unchanged and the same options writes the same bytes as
+        without it. With --budget or --min-sqnr the weights are read, and each layer gets the format
+        that serves the limit best.
 
         \b
           cq template flux.safetensors > layers.json
           cq quant flux.safetensors --recipe layers.json
           cq template flux.safetensors --budget 8GiB > layers.json
         """
-        from cq_analyze import recipes
+        from cq_analyze import recipes, saving
 
         here = options.terminal()
         limits = budget is not None or min_sqnr is not None
@@ -68,6 +68,8 @@ def register(app: typer.Typer) -> None:
                 {"--among": among, "--workers": workers, "--memory-limit": memory_limit},
             )
         checkpoint = options.open_input(model)
+        if output is not None and output != "-":
+            saving.check(output, inputs=checkpoint.inputs, force=force)
         if limits:
             mixture = deep.chosen(
                 checkpoint,
@@ -99,6 +101,7 @@ def register(app: typer.Typer) -> None:
         if output is None or output == "-":
             here.data(recipes.text(found))
         else:
-            recipes.save(found, output, inputs=checkpoint.inputs, force=force)
+            text = recipes.written(found)
+            saving.save(text, output, inputs=checkpoint.inputs, force=force)
             here.say(f"template: wrote `{output}`, {len(found['rules'])} rules")
         return 0

@@ -35,7 +35,7 @@ _SMALLEST = 1e-8  # comfy-kitchen's floor of every scale and divisor
 _REFITS = 2
 _CHUNK = 1 << 18  # weights that are worked on together, so that they stay in a core's cache
 _HALF = 1 << 15  # bins of a unit interval; few weights fall in one that holds a threshold
-_CELLS = 512  # half-open intervals of half an int8 step, from -128 to 128
+_CELLS = 640  # half-open intervals of half an int8 step, from -160 to 160
 _LARGEST_CODE = 126  # of the positive finite float8 numbers
 _STEPS = range(-3, 5)  # float8 neighbours of a group scale; four more on each side gain 0.01 dB
 # The sums of a search round to about 2^-20 of themselves: a gain under this share is no gain.
@@ -103,7 +103,7 @@ class CodebookGrid:
         relative, channel = scales["s_rel"], scales["s_channel"]
         codes = torch.empty(weight.shape, dtype=torch.int8)
         for part, own, row, out in in_chunks(_CHUNK, weight, relative, channel, codes):
-            index = _cells(part.contiguous(), own, row)[1].view(-1)
+            index = _cells(part.contiguous(), own, row, bounded=False)[1].view(-1)
             torch.index_select(_code_table(), 0, index, out=out.view(-1))
         return codes
 
@@ -272,19 +272,22 @@ def _numbers() -> torch.Tensor:
 
 
 def _cells(
-    weight: torch.Tensor, relative: torch.Tensor, channel: torch.Tensor
+    weight: torch.Tensor, relative: torch.Tensor, channel: torch.Tensor, *, bounded: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights in int8 steps, and the rows of the tables that they fall in.
+    """The weights in half int8 steps, and the rows of the tables that they fall in. `bounded` says
+    that the row scales clip nothing, so that all weights lie within the tables.
 
     Shapes: `(rows, K)` to float32 `(rows, K)` and int32 `(rows, K/16, 16)`.
     """
     import torch
 
-    steps = weight / channel[:, None]
+    steps = weight / (channel / 2)[:, None]  # exactly twice the quotient by `channel`
     half = _CELLS // 2
-    cells = (steps * 2).ceil_().clamp_(-half, half - 1).view(*relative.shape, GROUP)
+    cells = torch.ceil(steps)
+    if not bounded:
+        cells.clamp_(-half, half - 1)
     first = relative.view(torch.uint8).float().mul_(_CELLS).add_(half)
-    return steps, cells.add_(first[..., None]).to(torch.int32)
+    return steps, cells.view(*relative.shape, GROUP).add_(first[..., None]).to(torch.int32)
 
 
 def _search(
@@ -296,7 +299,7 @@ def _search(
     """The float8 group scales of least error."""
     import torch
 
-    steps, index = _cells(weight, relative, channel)
+    steps, index = _cells(weight, relative, channel, bounded=True)
     numbers, squares = _search_tables()
     bags = index.view(-1, GROUP)
     share = None
@@ -306,7 +309,7 @@ def _search(
     sum_bags = torch.nn.functional.embedding_bag
     energy = sum_bags(bags, squares, mode="sum", per_sample_weights=share)
     product = sum_bags(bags, numbers, mode="sum", per_sample_weights=steps.view(bags.shape))
-    errors = energy.sub(product, alpha=2)  # but for the weights' own squares
+    errors = energy - product  # but for the weights' own squares; products are of twice them
     first = -_STEPS.start
     least, step = errors.min(1)
     gain = errors[:, first] - least
