@@ -168,13 +168,14 @@ class _Chooser:
     def __init__(self, measurements: Measurements, min_sqnr: float | None) -> None:
         self._measurements = measurements
         self._min_sqnr = min_sqnr
+        self._asked = _formats_asked(measurements)
         self._choices = [self._of(layer) for layer in measurements.layers]
         self._ways = [[_way(one) for one in choices] for choices in self._choices]
 
     def _of(self, layer: MeasuredLayer) -> list[Chosen]:
         """What the layer may get, keeping it first."""
         costs = [c for c in layer.costs if c.error is not None and c.against is None]
-        asked = bool(costs) and _format_is_asked(layer.layer, self._measurements)
+        asked = bool(costs) and layer.layer in self._asked
         least = -math.inf if self._min_sqnr is None or asked else self._min_sqnr
         found = [
             Chosen(layer=layer, cost=cost, reason=_told(cost))
@@ -275,16 +276,19 @@ def _settings(way: Candidate, group: int | None) -> dict[str, str]:
     return settings
 
 
-def _format_is_asked(layer: str, measurements: Measurements) -> bool:
-    """Whether the user named a format for the layer, so that keeping it is no choice."""
-    for text in measurements.asked.only:
-        pattern, name = recipe.parse_only(text)
-        if select.matcher(pattern)(layer):
-            if name is not None:
-                return True
-            break
-    first = next((r for r in measurements.asked.rules if select.matcher(r.pattern)(layer)), None)
-    return first is not None and "format" in first.settings
+def _formats_asked(measurements: Measurements) -> set[str]:
+    """The layers for which the user named a format, so that keeping them is no choice."""
+    layers = [layer.layer for layer in measurements.layers]
+    formats = dict(map(recipe.parse_only, measurements.asked.only))
+    named = select.first_matches(tuple(formats), layers)
+    rules = {rule.pattern: rule for rule in reversed(measurements.asked.rules)}
+    ruled = select.first_matches(tuple(reversed(rules)), layers)
+    return {
+        layer
+        for layer in layers
+        if (layer in named and formats[named[layer]] is not None)
+        or (layer in ruled and "format" in rules[ruled[layer]].settings)
+    }
 
 
 def _left_out(measurements: Measurements) -> list[tuple[str, str]]:

@@ -14,8 +14,8 @@ from typing import Any
 from cq.core import sink
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine import local
-from cq.core.errors import UsageError
-from cq.core.recipe import Rule
+from cq.core.errors import PlanError, UsageError
+from cq.core.recipe import Rule, parse_only
 from cq.core.source import check_unchanged
 from cq_analyze.candidates import Asked, Candidate, Considered, Option, candidates, consider
 from cq_analyze.measuring import Outcome, Outliers, inspect, task
@@ -243,6 +243,14 @@ def measure(
         allow_custom_loader=allow_custom_loader,
     )
     ways = candidates(formats=formats, allow_custom_loader=allow_custom_loader)
+    named = {name for _, name in map(parse_only, only) if name is not None}
+    missing = named - {way.format for way in ways}
+    if missing:
+        raise PlanError(
+            f"`--only` asks for `{min(missing)}`, which is not among the candidates",
+            hint=f"add `--among {min(missing)}`, or name no format",
+            code="plan.candidates",
+        )
     layers = consider(checkpoint, ways, asked)
     outcomes: list[Outcome | None] = [None] * len(layers)
 

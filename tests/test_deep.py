@@ -470,3 +470,10 @@ def test_layers_of_any_scale_are_measured(tmp_path: Path) -> None:
         assert layer.broken is None
         errors = {c.candidate.format: c.error for c in layer.costs if c.error is not None}
         assert 25 < errors["mxfp8"].sqnr < 60
+
+
+def test_a_format_that_is_no_candidate_cannot_be_asked_for(tmp_path: Path) -> None:
+    model = opened(tmp_path, make.model())
+    with pytest.raises(PlanError, match="not among the candidates") as caught:
+        measure(model, formats=["int8_tensorwise"], only=["blocks.*=nvfp4"])
+    assert "--among nvfp4" in (caught.value.hint or "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -348,7 +349,7 @@ def _told_where(rule: str | None) -> Iterator[None]:
 
 def _see_once(patterns: Sequence[str]) -> None:
     """Raise for a pattern that stands twice: only the first would count."""
-    twice = next((p for i, p in enumerate(patterns) if p in patterns[:i]), None)
+    twice = next((pattern for pattern, n in Counter(patterns).items() if n > 1), None)
     if twice is not None:
         raise PlanError(
             f"the pattern `{twice}` stands twice",

@@ -60,19 +60,31 @@ def select(patterns: Sequence[str], names: Iterable[str], *, what: str) -> dict[
     Raises: PlanError if a pattern matches none of `names`; `what` says what the names are.
     """
     candidates = list(names)
-    there = set(candidates)
-    # A recipe may name thousands of layers in full: those are looked up, not tried on all others.
-    exact = {name: i for i, name in reversed([*enumerate(patterns)]) if _is_name(name)}
-    tests = {i: matcher(pattern) for i, pattern in enumerate(patterns) if pattern not in exact}
-    for i, pattern in enumerate(patterns):
-        if not (pattern in there if pattern in exact else any(map(tests[i], candidates))):
+    chosen = first_matches(patterns, candidates)
+    busy, there = set(chosen.values()), set(candidates)
+    for pattern in patterns:
+        if pattern in busy or pattern in there:
+            continue
+        if not any(map(matcher(pattern), candidates)):
             raise PlanError(
                 f"the pattern `{pattern}` matches no {what}",
                 hint=nearest(pattern, candidates),
                 code="plan.pattern",
             )
+    return chosen
+
+
+def first_matches(patterns: Sequence[str], names: Iterable[str]) -> dict[str, str]:
+    """Names that match, each with the first pattern that it matches; a pattern may match none.
+
+    >>> first_matches(["b.*", "*"], ["a.0", "b.1"])
+    {'a.0': '*', 'b.1': 'b.*'}
+    """
+    # A recipe may name thousands of layers in full: those are looked up, not tried on all others.
+    exact = {name: i for i, name in reversed([*enumerate(patterns)]) if _is_name(name)}
+    tests = {i: matcher(pattern) for i, pattern in enumerate(patterns) if pattern not in exact}
     chosen = {}
-    for name in candidates:
+    for name in names:
         last = exact.get(name, len(patterns))
         first = next((i for i, test in tests.items() if i < last and test(name)), last)
         if first < len(patterns):
