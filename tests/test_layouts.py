@@ -653,13 +653,31 @@ def test_layout_that_looks_at_numbers_is_planned_by_a_sample() -> None:
 
         @classmethod
         def dequantize(cls, qdata: torch.Tensor, **params: Any) -> torch.Tensor:
-            raise NotImplementedError
+            low = (qdata << 4) >> 4
+            levels = torch.cat([qdata >> 4, low], 1).float() * (params["scale"].item() / 7)
+            return levels.reshape(-1, 32)
 
     plug = Looks.as_plug()
     spec = make.TensorSpec("F32", (8, 32))
     stored = plug.store(make.weight(8, 32))
     assert plug.refuse(spec, "own", None) is None
     assert plug.tensors(spec, "own") == {n: make.spec_of(t) for n, t in stored.items()}
+    value = plug.unpack(stored["weight"], 0, {"weight_scale": stored["weight_scale"]}, {})
+    assert (
+        float((value - make.weight(8, 32)).abs().max()) <= float(stored["weight_scale"]) / 14 * 1.01
+    )
+
+
+def test_a_layout_that_cannot_be_read_back_stores_nothing() -> None:
+    """A misspelt `dequantize` must not make a file that nothing opens."""
+
+    class Oneway(QuantizedLayout):
+        @classmethod
+        def quantize(cls, tensor: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+            return tensor.round().to(torch.int8), {}
+
+    with pytest.raises(PlanError, match="`Oneway` has no `dequantize`"):
+        Oneway.as_plug().refuse(make.TensorSpec("F32", (8, 32)), "own", None)
 
 
 def test_parameter_that_depends_on_the_weight_must_be_a_tensor() -> None:

@@ -106,7 +106,9 @@ def load_recipe(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     except orjson.JSONDecodeError as error:
         raise InputError(
             f"`{shown}` is not JSON: {error}",
-            hint="in JSON a backslash is written twice: `re:blocks\\\\.1\\\\.`",
+            hint="in JSON a backslash is written twice: `re:blocks\\\\.1\\\\.`"
+            if "escape" in str(error)
+            else None,
             code="input.recipe",
         ) from error
     if not isinstance(document, dict) or document.get("kind") != "recipe":

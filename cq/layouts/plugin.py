@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from cq.core import catalog
 from cq.core.dtypes import DTYPES, TensorSpec, spec_of, torch_dtype
-from cq.core.errors import InputError, InternalError, PlanError
+from cq.core.errors import CqError, InputError, InternalError, PlanError
 from cq.core.formats import Fault, Format
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class LayoutFormat(Format):
             tensors, settings = self._planned(weight.shape)
         except (ValueError, RuntimeError, OverflowError) as error:
             return f"`{self.name}.quantize` fails on it ({type(error).__name__}: {error})"
+        except CqError:
+            raise
         except Exception as error:  # a mistake in the layout's own code, not in the weight's shape
             raise _failed(self.name, error) from error
         try:

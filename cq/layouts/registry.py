@@ -54,12 +54,12 @@ class QuantizedLayout:
     @classmethod
     def quantize(cls, tensor: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
         """The codes of a float tensor, and everything else that `dequantize` needs, by name."""
-        raise NotImplementedError(f"the layout `{cls.__name__}` has no `quantize`")
+        raise _lacks(cls, "quantize")
 
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, **params: Any) -> torch.Tensor:
         """The float tensor that codes and parameters stand for; it may have padding."""
-        raise NotImplementedError(f"the layout `{cls.__name__}` has no `dequantize`")
+        raise _lacks(cls, "dequantize")
 
     @classmethod
     def to_stored(
@@ -133,6 +133,15 @@ def _parameters(layout: Any) -> tuple[Mapping[str, bool], bool]:
         if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}
     }
     return named, any(p.kind is p.VAR_KEYWORD for p in found)
+
+
+def _lacks(layout: type[QuantizedLayout], method: str) -> PlanError:
+    # Not NotImplementedError, which is PyTorch's word for "cannot be told without the numbers".
+    return PlanError(
+        f"the layout `{layout.__name__}` has no `{method}`",
+        hint="a layout offers the class methods `quantize` and `dequantize`",
+        code="plan.layout",
+    )
 
 
 def _is_tensor(value: Any) -> bool:

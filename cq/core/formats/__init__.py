@@ -68,15 +68,15 @@ class Format(ABC):
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes `(rows, K)` as rows of the stored `weight`; only with a grid, as `pack_scales`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"the format `{self.name}` has no `pack`")
 
     def pack_scales(self, scales: Scales) -> dict[str, torch.Tensor]:
         """The whole weight's scales as the stored tensors beside `weight`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"the format `{self.name}` has no `pack_scales`")
 
     def store(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stored tensors of a whole weight; only where `grid` is None."""
-        raise NotImplementedError
+        raise NotImplementedError(f"the format `{self.name}` has no `store`")
 
     @abstractmethod
     def check(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> list[Fault]:
