@@ -28,6 +28,7 @@ from cq.core.knowledge import Knowledge
 from cq.core.text import printable
 
 NOTHING = Knowledge()
+_BACKSLASHES = "in JSON a backslash is written twice: `re:blocks\\\\.1\\\\.`"
 _SMALLEST_SIDE = 64
 _ADAPTER = re.compile(r"\.(lora_|lora\.|hada_|lokr_|oft_|dora_)")
 _BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -106,9 +107,7 @@ def load_recipe(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     except orjson.JSONDecodeError as error:
         raise InputError(
             f"`{shown}` is not JSON: {error}",
-            hint="in JSON a backslash is written twice: `re:blocks\\\\.1\\\\.`"
-            if "escape" in str(error)
-            else None,
+            hint=_BACKSLASHES if "escape" in str(error) else None,
             code="input.recipe",
         ) from error
     if not isinstance(document, dict) or document.get("kind") != "recipe":
