@@ -354,6 +354,27 @@ def test_interrupt_at_any_moment_is_quiet(tmp_path: Path) -> None:
         assert b"bug" not in err
 
 
+def test_interrupt_that_python_drops_comes_again() -> None:
+    """Python drops exceptions of finalizers and of its import locks' callbacks: a Ctrl-C too."""
+    script = """
+import sys, time
+from cq.cli import main
+
+class Finalized:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+sys.unraisablehook = main._unraisable
+try:
+    Finalized()
+    time.sleep(20)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 def test_lost_reader_of_talk_does_not_change_the_exit_code(tmp_path: Path) -> None:
     line = f"cq quant {BASE} -o out.st 2> >(head -c 1 > /dev/null) > /dev/null; echo $?"
     assert shell(line, tmp_path).out.strip() == "0"

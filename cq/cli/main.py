@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -18,6 +20,7 @@ from cq.core.engine import memory
 from cq.core.errors import CqError, Interrupted, UsageError
 from cq.version import VERSION
 
+_AGAIN_SECONDS = 0.02
 _GARBAGE_OBJECTS = 100_000
 _HELP = """Quantize diffusion-model checkpoints so that ComfyUI loads them natively.
 
@@ -116,12 +119,34 @@ def _usage(error: Any) -> UsageError:
     return UsageError(message, hint=hint)
 
 
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C comes again, shortly after it came where no exception can leave.
+
+    Python drops what is raised in a callback of its import locks or in a finalizer, and prints a
+    traceback: the work would go on as if nobody had asked it to stop.
+    """
+    if lost.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(_AGAIN_SECONDS, _interrupt_main)
+    again.daemon = True
+    again.start()
+
+
+def _interrupt_main() -> None:
+    if hasattr(signal, "pthread_kill"):  # wakes it up from a wait, too
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
 def main() -> None:
     """The console script."""
     memory.keep_freed()
     # A header is hundreds of thousands of objects without a cycle among them; looking for cycles
     # at Python's own rate takes longer than reading it.
     gc.set_threshold(_GARBAGE_OBJECTS)
+    sys.unraisablehook = _unraisable
     try:
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `cq.cli.entry`
             signal.signal(signal.SIGINT, signal.default_int_handler)
