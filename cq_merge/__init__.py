@@ -1,4 +1,5 @@
-"""Merging: a stage that adds adapters (LoRA) to the weights of a checkpoint.
+"""Merging: a stage that adds adapters (LoRA and its kin, or whole models) to the weights of a
+checkpoint.
 
 >>> import cq, cq_merge
 >>> base = cq.open("flux.safetensors")                         # doctest: +SKIP
@@ -13,13 +14,29 @@ from typing import TYPE_CHECKING
 from cq.core.lazy import exports
 
 if TYPE_CHECKING:
-    from cq_merge.stage import MergeStage, merge
+    from cq_merge.explaining import Explanation, explain
+    from cq_merge.extract import ExtractStage, Losses, extract
+    from cq_merge.merging import merge
+    from cq_merge.stage import MergeStage
 
-__all__ = ["MergeStage", "merge"]
+__all__ = [
+    "Explanation",
+    "ExtractStage",
+    "Losses",
+    "MergeStage",
+    "explain",
+    "extract",
+    "merge",
+]
 __getattr__ = exports(
     __name__,
     {
+        "Explanation": "cq_merge.explaining",
+        "ExtractStage": "cq_merge.extract",
+        "Losses": "cq_merge.extract",
         "MergeStage": "cq_merge.stage",
-        "merge": "cq_merge.stage",
+        "explain": "cq_merge.explaining",
+        "extract": "cq_merge.extract",
+        "merge": "cq_merge.merging",
     },
 )

@@ -2,15 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from cq.cli import options
+from cq.core.errors import UsageError
 
 _COLUMNS = ("adapter", "kind", "rank>", "alpha>", "strength>", "layers>", "unmatched>")
+_NAMED = 5  # layers in a warning
+
+
+Scale = Annotated[float, typer.Option("--scale", metavar="X", help="Multiplies every strength.")]
+Dampen = Annotated[
+    bool | None,
+    typer.Option(
+        "--dampen/--no-dampen",
+        help="The n-th adapter at 0.9^(n-1); on for several adapters.",
+    ),
+]
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="How several adapters become one: sum, ties, dare, orthogonal.",
+    ),
+]
+Density = Annotated[
+    float | None,
+    typer.Option("--density", metavar="X", help="The share that ties and dare keep."),
+]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of what dare drops at random.")]
+Origin = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FILE",
+        help="Whole models add their difference from this one, not from BASE; with"
+        " --extract, the base of the LoRA.",
+    ),
+]
+Extract = Annotated[
+    str | None,
+    typer.Option(
+        "--extract",
+        metavar="TUNED",
+        help="Make a LoRA of the difference between TUNED and the base that --from names.",
+    ),
+]
+Rank = Annotated[int | None, typer.Option("--rank", metavar="N", help="Of the extracted LoRA; 32.")]
+Alpha = Annotated[
+    str | None,
+    typer.Option(
+        "--alpha",
+        metavar="tensors|X",
+        help="For layers without an alpha tensor: scale 1, or X / rank; left out, what the"
+        " file's metadata says.",
+    ),
+]
+AsComfyui = Annotated[
+    bool,
+    typer.Option("--as-comfyui", help="As ComfyUI does, also where it drops or errs."),
+]
+Map = Annotated[
+    str | None,
+    typer.Option("--map", metavar="FILE", help="JSON: what unusual keys mean, key to layer."),
+]
+AllowUnmatched = Annotated[
+    bool,
+    typer.Option("--allow-unmatched", help="Leave out adapter keys that fit no layer."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", metavar="bf16|fp16|fp32", help="Of the tensors that change; their own."
+    ),
+]
+KeepFormat = Annotated[
+    bool,
+    typer.Option(
+        "--keep-format", help="Store the changed layers of a quantized BASE as they were."
+    ),
+]
+Explain = Annotated[
+    bool,
+    typer.Option("--explain", help="Measure how much each adapter changes; reads weights."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -19,26 +100,31 @@ def register(app: typer.Typer) -> None:
     @options.command(app, "merge")
     def merge(
         base: Annotated[
-            str, typer.Argument(metavar="BASE|-", help="A checkpoint, a manifest, or `-`.")
-        ],
+            str | None,
+            typer.Argument(metavar="BASE|-", help="A checkpoint, a manifest, or `-`."),
+        ] = None,
         adapters: Annotated[
-            list[str],
-            typer.Argument(metavar="ADAPTER[:STRENGTH]…", help="LoRA files, merged in this order."),
-        ],
-        scale: Annotated[
-            float, typer.Option("--scale", metavar="X", help="Multiplies every strength.")
-        ] = 1.0,
-        dampen: Annotated[
-            bool | None,
-            typer.Option(
-                "--dampen/--no-dampen",
-                help="The n-th adapter at 0.9^(n-1); on for several adapters.",
+            list[str] | None,
+            typer.Argument(
+                metavar="ADAPTER[:STRENGTH]…",
+                help="LoRA files and the like, or whole models; the order is that of --dampen.",
             ),
         ] = None,
-        allow_unmatched: Annotated[
-            bool,
-            typer.Option("--allow-unmatched", help="Leave out adapter keys that fit no layer."),
-        ] = False,
+        scale: Scale = 1.0,
+        dampen: Dampen = None,
+        method: MethodName = "sum",
+        density: Density = None,
+        seed: Seed = 0,
+        origin: Origin = None,
+        extract: Extract = None,
+        rank: Rank = None,
+        alpha: Alpha = None,
+        as_comfyui: AsComfyui = False,
+        names: Map = None,
+        allow_unmatched: AllowUnmatched = False,
+        dtype: Dtype = None,
+        keep_format: KeepFormat = False,
+        explain: Explain = False,
         output: options.Output = None,
         force: options.Force = False,
         restart: options.Restart = False,
@@ -54,42 +140,174 @@ def register(app: typer.Typer) -> None:
         \b
           cq merge flux.safetensors style.safetensors:0.8 -o merged.safetensors
           cq merge flux.safetensors style.safetensors hero.safetensors:0.6 | cq quant
+          cq merge flux.safetensors other-flux.safetensors:0.3 -o mixed.safetensors
+          cq merge --extract tuned.safetensors --from flux.safetensors -o lora.safetensors
         """
         from cq.cli.deliver import Delivery, deliver
         from cq_merge import merge as merge_adapters
 
+        asked = Delivery(
+            output=output,
+            force=force,
+            restart=restart,
+            dry_run=dry_run,
+            workers=workers,
+            memory_limit=options.parse_size(memory_limit),
+        )
+        if extract is not None:
+            return _extract(
+                _Extraction(extract, origin, 32 if rank is None else rank, dtype or "fp16", seed),
+                [word for word in (base, *(adapters or ())) if word is not None],
+                asked,
+            )
+        if rank is not None:
+            raise UsageError("`--rank` is that of an extracted LoRA", hint="add `--extract TUNED`")
+        if not adapters:
+            raise UsageError(
+                "there is no adapter to merge",
+                hint="give BASE and at least one adapter, as in `cq merge BASE ADAPTER:0.8`",
+            )
+        opened = options.open_input(base, what="BASE")
         checkpoint = merge_adapters(
-            options.open_input(base, what="BASE"),
+            opened,
             adapters,
             scale=scale,
             dampen=dampen,
             allow_unmatched=allow_unmatched,
+            alpha=_alpha(alpha),
+            as_comfyui=as_comfyui,
+            method=method,
+            density=density,
+            seed=seed,
+            dtype=dtype,
+            names=names,
+            origin=origin,
+            keep_format=keep_format,
         )
+        remarks = [text for note in checkpoint.notes for text in _remarks(note)]
+        if explain:
+            effects = _explained(checkpoint, opened, asked)
+            notes = tuple(
+                {**n, "effect": e} for n, e in zip(checkpoint.notes, effects, strict=True)
+            )
+            checkpoint = replace(checkpoint, notes=notes)
+            remarks += [text for note in notes for text in _effect(note)]
         return deliver(
             checkpoint,
-            Delivery(
-                output=output,
-                force=force,
-                restart=restart,
-                dry_run=dry_run,
-                workers=workers,
-                memory_limit=options.parse_size(memory_limit),
-            ),
+            asked,
             command="merge",
-            remarks=[_remark(note) for note in checkpoint.notes],
+            remarks=remarks,
             columns=_COLUMNS,
             rows=_rows(checkpoint.notes),
         )
 
 
-def _remark(note: Any) -> str:
-    text = f"`{Path(note['path']).name}` changes {len(note['layers'])} layers"
+class _Extraction(NamedTuple):
+    """What `--extract` was asked for."""
+
+    tuned: str
+    origin: str | None
+    rank: int
+    dtype: str
+    seed: int
+
+
+def _extract(wanted: _Extraction, words: Sequence[str], asked: Any) -> int:
+    from cq.cli.deliver import deliver
+    from cq_merge import extract
+
+    if wanted.origin is None:
+        raise UsageError(
+            "`--extract` needs the base of the LoRA",
+            hint=f"add it with `--from`, as in `cq merge --extract {wanted.tuned} --from BASE`",
+        )
+    if words:
+        raise UsageError(
+            f"`--extract` merges nothing, so `{words[0]}` has no place",
+            hint="name two checkpoints: `--extract TUNED --from BASE`",
+        )
+    tuned = options.open_input(wanted.tuned, what="TUNED")
+    lora, losses = extract(
+        tuned, wanted.origin, rank=wanted.rank, dtype=wanted.dtype, seed=wanted.seed
+    )
+    code = deliver(lora, asked, command="extract")
+    found = losses.to_dict()
+    if found["tensors"]:
+        text = f"extract: of {found['tensors']} tensors computed in this run"
+        if found["equal"]:
+            text += f", {found['equal']} do not differ, and"
+        text += (
+            f" rank {wanted.rank} leaves out {_share(found['relative_error'])} of the difference"
+        )
+        if found["worst"] is not None:
+            text += f", most of `{found['worst']}`: {_share(found['worst_relative_error'])}"
+        options.terminal().say(text)
+    return code
+
+
+def _alpha(word: str | None) -> float | Literal["tensors"] | None:
+    if word is None or word == "tensors":
+        return word  # type: ignore[return-value]
+    try:
+        return float(word)
+    except ValueError:
+        raise UsageError(
+            f"`{word}` is no alpha", hint="write `tensors`, or a number such as `--alpha 16`"
+        ) from None
+
+
+def _explained(checkpoint: Any, base: Any, asked: Any) -> list[dict[str, Any]]:
+    from cq_merge import explain
+
+    with options.terminal().progress("explain") as progress:
+        found = explain(
+            checkpoint,
+            base,
+            workers=asked.workers,
+            memory_limit=asked.memory_limit,
+            on_progress=progress.on_progress,
+        )
+    return [found.of(number) for number in range(found.adapters)]
+
+
+def _remarks(note: Any) -> Iterator[str]:
+    name = Path(note["path"]).name
+    text = f"`{name}` changes {_layers(len(note['layers']))}"
     if note["unmatched"]:
         text += (
             f"; {len(note['unmatched'])} of its keys fit no layer and are left out,"
             f" such as `{note['unmatched'][0]}`"
         )
-    return text
+    yield text
+    for remark in note["remarks"]:
+        yield f"`{name}`: {remark}"
+
+
+def _effect(note: Any) -> Iterator[str]:
+    name, effect = Path(note["path"]).name, note["effect"]
+    if effect["largest_layer"] is None:
+        yield f"`{name}` changes nothing at this strength"
+        return
+    yield (
+        f"`{name}` changes its layers by {_share(effect['relative'])} of their size, most of all"
+        f" `{effect['largest_layer']}` by {_share(effect['largest'])}"
+    )
+    saturated: Sequence[str] = effect["saturated"]
+    if saturated:
+        shown = ", ".join(f"`{layer}`" for layer in saturated[:_NAMED])
+        more = f" and {len(saturated) - _NAMED} more" if len(saturated) > _NAMED else ""
+        yield (
+            f"warning: `{name}` is larger than the weights of {_layers(len(saturated))}: {shown}"
+            f"{more}; lower its strength, or check its alpha"
+        )
+
+
+def _share(value: float | None) -> str:
+    return "more than all" if value is None else f"{value:.2%}"
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _rows(notes: Any) -> Iterator[tuple[str, ...]]:

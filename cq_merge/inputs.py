@@ -1,7 +1,7 @@
 """Adapter files and their strengths, from a person's words or from a manifest.
 
-Owns the word `path:strength`, and that every strength is a finite number. Opens headers, computes
-nothing.
+Owns the word `path:strength`, that every strength is a finite number, and which file beside an
+adapter is read with it. Opens headers, computes nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from cq.core import select
 from cq.core.errors import InputError, UsageError
 from cq.core.source import FINGERPRINT, Source, check_fingerprint, open_source
 from cq.core.text import printable
+from cq_merge.contents import Contents, peft_config
+from cq_merge.conversions import contents
 
-_KEYS = ("path", "strength", *FINGERPRINT)
+_KEYS = ("path", "strength", "config", *FINGERPRINT)
+_PEFT_STEM = "adapter_model"  # as PEFT names what stands beside its `adapter_config.json`
+_PEFT_CONFIG = "adapter_config.json"
+_LARGEST_CONFIG = 1 << 20
 
 AdapterWord = str | os.PathLike[str]
 """A path, or as a string `path:strength`."""
@@ -31,7 +36,25 @@ class AdapterFile:
     path: str
     strength: float
     fingerprint: Mapping[str, Any] = field(hash=False)
+    contents: Contents = field(compare=False, repr=False)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The file as a manifest names it."""
+        config = {"config": dict(self.contents.config)} if self.contents.config else {}
+        return {"path": self.path, "strength": self.strength, **config, **self.fingerprint}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """The checkpoint from which differences of whole models are taken."""
+
+    path: str
+    fingerprint: Mapping[str, Any] = field(hash=False)
     source: Source = field(compare=False, repr=False)
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The file as a manifest names it."""
+        return {"path": self.path, **self.fingerprint}
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
@@ -84,29 +107,74 @@ def finite(value: float, what: str) -> float:
     return float(value)
 
 
-def opened(path: str, strength: float, expected: Mapping[str, Any] | None = None) -> AdapterFile:
-    """The adapter at `path`. Raises: InputError; PlanError if it is not as `expected`."""
+def opened(path: str, strength: float) -> AdapterFile:
+    """The adapter at `path`, with what a PEFT configuration beside it says. Raises: InputError."""
     source = open_source(path)
-    if expected:
-        check_fingerprint(source, expected)
-    return AdapterFile(
-        path=os.path.abspath(source.path),
-        strength=strength,
-        fingerprint=source.fingerprint(),
-        source=source,
+    return _file(source, strength, _config_beside(source.path))
+
+
+def opened_origin(path: str | os.PathLike[str]) -> Origin:
+    """The checkpoint at `path`. Raises: InputError."""
+    source = open_source(path)
+    return Origin(
+        path=os.path.abspath(source.path), fingerprint=source.fingerprint(), source=source
     )
 
 
 def from_manifest(entry: Any) -> AdapterFile:
-    """The adapter that an entry of the merge stage names. Raises: as `opened`, or InputError."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise ill_typed("adapters", entry)
-    select.refuse_unknown(entry, _KEYS, "an adapter of the merge stage")
-    return opened(
-        entry["path"],
-        number(entry, "strength"),
-        {key: entry[key] for key in FINGERPRINT if key in entry},
+    """The adapter that an entry of the merge stage names.
+
+    Raises: InputError if it is none, PlanError if the file has changed since.
+    """
+    _check(entry, "adapters", _KEYS)
+    strength, config = number(entry, "strength"), entry.get("config", {})
+    if not isinstance(config, dict):
+        raise ill_typed("config", config)
+    return _file(_source(entry), strength, config)
+
+
+def origin_from_manifest(entry: Any) -> Origin:
+    """The origin that the merge stage names. Raises: as `from_manifest`."""
+    _check(entry, "origin", ("path", *FINGERPRINT))
+    source = _source(entry)
+    return Origin(
+        path=os.path.abspath(source.path), fingerprint=source.fingerprint(), source=source
     )
+
+
+def _check(entry: Any, what: str, keys: tuple[str, ...]) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise ill_typed(what, entry)
+    select.refuse_unknown(entry, keys, f"`{what}` of the merge stage")
+
+
+def _source(entry: Mapping[str, Any]) -> Source:
+    source = open_source(entry["path"])
+    expected = {key: entry[key] for key in FINGERPRINT if key in entry}
+    if expected:
+        check_fingerprint(source, expected)
+    return source
+
+
+def _file(source: Source, strength: float, config: Mapping[str, Any]) -> AdapterFile:
+    return AdapterFile(
+        path=os.path.abspath(source.path),
+        strength=strength,
+        fingerprint=source.fingerprint(),
+        contents=contents(source, config),
+    )
+
+
+def _config_beside(path: Path) -> Mapping[str, Any]:
+    if not path.name.startswith(_PEFT_STEM):
+        return {}
+    beside = path.with_name(_PEFT_CONFIG)
+    try:
+        if beside.stat().st_size > _LARGEST_CONFIG:
+            return {}
+        return peft_config(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def number(values: Mapping[str, Any], key: str) -> float:
@@ -115,6 +183,22 @@ def number(values: Mapping[str, Any], key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ill_typed(key, value)
     return float(value)
+
+
+def flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
+    """The argument `key`. Raises: InputError if it is not a truth value."""
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise ill_typed(key, value)
+    return value
+
+
+def texts(values: Mapping[str, Any], key: str) -> Mapping[str, str]:
+    """The argument `key`, names by name. Raises: InputError if it is anything else."""
+    value = values.get(key, {})
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ill_typed(key, value)
+    return value
 
 
 def ill_typed(key: str, value: Any) -> InputError:

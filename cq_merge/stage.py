@@ -1,29 +1,34 @@
-"""The merge stage: which adapters, how strongly, and the parts that add them to the weights.
+"""The merge stage: which adapters, how strongly, and the tensors that they change.
 
-Owns dampening and the check that base and adapters agree. Plans from headers and scalars
-alone; torch only inside parts. Knows nothing of adapter kinds (`cq_merge.adapters`), of names
-(`cq_merge.keys`) or of quantization.
+Owns dampening and the check that base and adapters agree. Plans from headers and scalars alone.
+Knows nothing of adapter kinds (`cq_merge.adapters`), of names (`cq.core.names`), of the arithmetic
+(`cq_merge.weights`) or of quantization.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
-from cq.core import comfy, select
-from cq.core.checkpoint import Checkpoint, Part, Piece, Stage, narrowed
-from cq.core.dtypes import DTYPES, torch_dtype
-from cq.core.errors import InputError, PlanError, UsageError
-from cq.core.source import Source, largest_cut
+from cq.core import catalog, comfy, select
+from cq.core.checkpoint import Checkpoint, Part, Stage, from_source, narrowed
+from cq.core.dtypes import TensorSpec
+from cq.core.errors import PlanError
+from cq.core.names import Names, Target
+from cq.core.source import Source
 from cq.core.text import printable
 from cq_merge import adapters as kinds
-from cq_merge import factors, inputs
-from cq_merge.keys import Layers
+from cq_merge import inputs
+from cq_merge.adapters.checkpoint import CheckpointChange
+from cq_merge.contents import Contents
+from cq_merge.methods import Method
+from cq_merge.notes import AdapterPlan, layer_of
+from cq_merge.weights import Merged, Placed
 
 DAMPENING = 0.9  # of each adapter against the one before it
-_STAGE_KEYS = ("adapters", "scale", "dampen", "allow_unmatched")
+DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,20 +38,33 @@ class MergeStage:
     name: ClassVar[str] = "merge"
 
     adapters: tuple[inputs.AdapterFile, ...]
+    origin: inputs.Origin | None = None
     scale: float = 1.0
     dampen: bool = False
     allow_unmatched: bool = False
+    alpha: float | Literal["tensors"] | None = None
+    as_comfyui: bool = False
+    method: str = "sum"
+    density: float | None = None
+    seed: int = 0
+    dtype: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def arguments(self) -> dict[str, Any]:
-        """The fields as plain JSON; paths are absolute."""
-        return {
-            "adapters": [
-                {"path": a.path, "strength": a.strength, **a.fingerprint} for a in self.adapters
-            ],
+        """The fields as plain JSON; paths are absolute. What is as it would be unsaid is left out,
+        but for what older versions say."""
+        found: dict[str, Any] = {
+            "adapters": [adapter.to_manifest() for adapter in self.adapters],
             "scale": self.scale,
             "dampen": self.dampen,
             "allow_unmatched": self.allow_unmatched,
         }
+        if self.origin is not None:
+            found["origin"] = self.origin.to_manifest()
+        if self.names:
+            found["names"] = dict(self.names)
+        others = {key: getattr(self, key) for key in _DEFAULTS}
+        return found | {key: value for key, value in others.items() if value != _DEFAULTS[key]}
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> Stage:
@@ -55,16 +73,20 @@ class MergeStage:
         Raises: InputError for an unknown or ill-typed argument or an adapter that cannot be read,
         PlanError if an adapter has changed since the manifest was made.
         """
-        select.refuse_unknown(arguments, _STAGE_KEYS, "the merge stage")
+        select.refuse_unknown(arguments, (*_KEYS, *_DEFAULTS), "the merge stage")
         entries = arguments.get("adapters")
         if not isinstance(entries, list) or not entries:
             raise inputs.ill_typed("adapters", entries)
         files = tuple(inputs.from_manifest(entry) for entry in entries)
+        origin = arguments.get("origin")
         return cls(
             adapters=files,
+            origin=None if origin is None else inputs.origin_from_manifest(origin),
             scale=inputs.number(arguments, "scale"),
-            dampen=_flag(arguments, "dampen", len(files) > 1),
-            allow_unmatched=_flag(arguments, "allow_unmatched", False),
+            dampen=inputs.flag(arguments, "dampen", len(files) > 1),
+            allow_unmatched=inputs.flag(arguments, "allow_unmatched", False),
+            names=inputs.texts(arguments, "names"),
+            **{key: _typed(key, arguments[key]) for key in _DEFAULTS if key in arguments},
         )
 
     def effective_strengths(self) -> tuple[float, ...]:
@@ -74,186 +96,201 @@ class MergeStage:
             for n, adapter in enumerate(self.adapters)
         )
 
+    def plan(self, source: Checkpoint) -> MergePlan:
+        """What each adapter changes. Raises: PlanError if an adapter does not fit, InputError if it
+        is not sound."""
+        return MergePlan(source, self, tuple(self._match(source)))
+
     def apply(self, source: Checkpoint) -> Checkpoint:
-        """The merged checkpoint. Raises: PlanError if an adapter does not fit, InputError if it is
-        not sound."""
-        layers = Layers(source.specs)
-        # What a dtype alone tells is asked of each weight: whether it is floating point.
-        quantized = {
-            found.layer: found.evidence
-            for found in comfy.find_quantized(source)
-            if found.evidence != "dtype"
-        }
-        changes: dict[str, list[_Weighted]] = {}
-        notes = []
-        for adapter, strength in zip(self.adapters, self.effective_strengths(), strict=True):
-            plan = self._match(adapter.source, layers, source)
-            for layer, change in plan.matched:
-                _check_fit(adapter.source, change, source, layer, quantized)
-                # A strength of 0 leaves a weight as it is, to the byte.
-                if strength:
-                    changes.setdefault(layer + comfy.WEIGHT, []).append(_Weighted(change, strength))
-            notes.append(_note(adapter, strength, plan))
+        """The merged checkpoint. Raises: as `plan`; PlanError if a weight to be changed is
+        quantized."""
+        plan = self.plan(source)
+        _refuse_quantized(source, plan)
         return source.after(
             self,
-            parts=tuple(_parts(source, changes)),
-            inputs=(*source.inputs, *(file for a in self.adapters for file in a.source.files)),
-            notes=tuple(notes),
+            parts=tuple(_parts(source, plan.merged)),
+            inputs=(*source.inputs, *(file for a in self.beside() for file in a.files)),
+            notes=tuple(adapter.note() for adapter in plan.adapters),
         )
 
-    def _match(self, adapter: Source, layers: Layers, source: Checkpoint) -> _Plan:
-        matched: list[tuple[str, kinds.Change]] = []
-        unmatched: list[str] = []
-        claims = kinds.claim_all(adapter)
-        for _, change in claims:
-            found = layers.find(change.key)
-            if len(found) > 1:
-                raise PlanError(
-                    f"the key `{printable(change.key)}` of `{adapter.shown}` names several layers"
-                    f" of {_shown(source)}: " + " and ".join(f"`{name}`" for name in found[:2]),
-                    where=adapter.shown,
-                    code="plan.adapter_ambiguous",
-                )
-            if found:
-                matched.append((found[0], change))
-            else:
-                unmatched.append(change.key)
-        if unmatched and not (matched and self.allow_unmatched):
-            raise _unmatched(adapter, layers, source, unmatched, len(claims))
-        return _Plan(tuple(sorted({kind for kind, _ in claims})), matched, unmatched)
+    def beside(self) -> Iterator[Source]:
+        """The opened files beside the base."""
+        for adapter in self.adapters:
+            yield adapter.contents.source
+        if self.origin is not None:
+            yield self.origin.source
+
+    def _match(self, source: Checkpoint) -> Iterator[AdapterPlan]:
+        names = Names(source.specs, extra=self.names)
+        reading = kinds.Reading(as_comfyui=self.as_comfyui, alpha=self.alpha)
+        strengths = self.effective_strengths()
+        for number, (adapter, strength) in enumerate(zip(self.adapters, strengths, strict=True)):
+            claims = kinds.claim_all(adapter.contents, reading)
+            if any(kind == kinds.CHECKPOINT for kind, _ in claims):
+                claims = self._second_model(adapter, claims)
+            found = _matched(adapter, claims, names, source)
+            if found.unmatched and not (found.matched and self.allow_unmatched):
+                raise _unmatched(adapter.contents, names, source, found, len(claims))
+            placed = [
+                (target.tensor, Placed(change, number, strength, *target[1:]))
+                for change, targets in found.matched
+                for target in targets
+            ]
+            yield replace(found, strength=strength, placed=tuple(placed))
+
+    def _second_model(
+        self, adapter: inputs.AdapterFile, claims: list[tuple[str, kinds.Change]]
+    ) -> list[tuple[str, kinds.Change]]:
+        """The tensors of a whole model, as what they add to the base or differ from the origin."""
+        found = comfy.find_quantized(from_source(adapter.contents.source))
+        if found:
+            raise PlanError(
+                f"`{adapter.contents.shown}` is quantized, such as `{found[0].layer}`"
+                f" (by its {found[0].evidence}), so its weights cannot be merged as they are",
+                where=found[0].layer,
+                hint="undo the quantization first: `cq quant --format bf16`",
+                code="plan.merge_quantized",
+            )
+        if self.origin is None:
+            return claims
+        origin = from_source(self.origin.source)
+        return [
+            (kind, replace(change, origin=origin))
+            if isinstance(change, CheckpointChange)
+            else (kind, change)
+            for kind, change in claims
+        ]
 
 
-class _Plan(NamedTuple):
-    """What one adapter file does: kinds, changes by layer, and keys for which there is no layer."""
-
-    kinds: tuple[str, ...]
-    matched: list[tuple[str, kinds.Change]]
-    unmatched: list[str]
-
-
-class _Weighted(NamedTuple):
-    """A change and the strength that it is added with."""
-
-    change: kinds.Change
-    strength: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Merged:
-    """One weight with all its changes."""
+@dataclass(frozen=True)  # no slots: what follows from the fields is found once
+class MergePlan:
+    """What a merge does to `source`: per adapter what it changes, and the tensors that change."""
 
     source: Checkpoint
-    name: str
-    changes: tuple[_Weighted, ...]
+    stage: MergeStage
+    adapters: tuple[AdapterPlan, ...]
 
-    def part(self) -> Part:
-        """The merged weight, of the same dtype and shape."""
-        spec = self.source.specs[self.name]
-        # Weights of double precision keep it; a float32 holds all others exactly.
-        itemsize = 8 if spec.dtype == "F64" else 4
-        numel = largest_cut(spec)
-        # Two stored segments each of the source and of the result: while the next one is made, the
-        # one before is still in the hands of whoever asked for it.
-        nbytes_segments = numel * itemsize + 3 * numel * DTYPES[spec.dtype].bits // 8
-        rows = numel // max(1, spec.row_numel)
-        return Part(
-            tensors={self.name: spec},
-            nbytes_peak=self.source.part(self.name).nbytes_peak
-            + nbytes_segments
-            + sum(change.nbytes_peak(rows, itemsize) for change, _ in self.changes),
-            produce=self.produce,
-        )
+    @cached_property
+    def touched(self) -> dict[str, list[Placed]]:
+        """The changes to each tensor, by its name."""
+        found: dict[str, list[Placed]] = {}
+        for adapter in self.adapters:
+            for name, placed in adapter.placed:
+                # A strength of 0 leaves a weight as it is, to the byte.
+                if placed.strength:
+                    found.setdefault(name, []).append(placed)
+        return found
 
-    def produce(self) -> Iterator[Piece]:
-        """Merge row segment by row segment, each rounded once."""
-        import torch
+    @cached_property
+    def merged(self) -> dict[str, Merged]:
+        """The tensors that change, by name."""
+        stage = self.stage
+        method: Method = catalog.load("methods", stage.method)
+        return {
+            name: Merged(
+                source=self.source,
+                name=name,
+                changes=tuple(changes),
+                dtype=DTYPES[stage.dtype] if stage.dtype else self.source.specs[name].dtype,
+                method=None if method.additive else method,
+                density=method.density if stage.density is None else stage.density,
+                seed=stage.seed,
+                in_turn=stage.as_comfyui,
+            )
+            for name, changes in self.touched.items()
+        }
 
-        spec = self.source.specs[self.name]
-        stored = torch_dtype(spec.dtype)
-        computed = torch.float64 if spec.dtype == "F64" else torch.float32
-        loaded = [(change.load(computed), strength) for change, strength in self.changes]
-        for piece in self.source.pieces(self.name):
-            # A copy even if the dtype is the same: the segment may belong to the stage before.
-            rows = piece.tensor.to(computed, copy=True)
-            flat = rows.view(len(rows), spec.row_numel)
-            for apply, strength in loaded:
-                apply(flat, piece.start, strength)
-            if not factors.all_finite(flat, stored_as=stored):
-                raise self._not_finite(piece)
-            yield Piece(self.name, piece.start, rows.to(stored))
 
-    def _not_finite(self, piece: Piece) -> InputError:
-        if factors.all_finite(piece.tensor):
-            spec = self.source.specs[self.name]
-            what = f"overflows {spec.dtype} when the adapters are added"
-            hint = "lower the strengths"
+def _matched(
+    adapter: inputs.AdapterFile,
+    claims: Sequence[tuple[str, kinds.Change]],
+    names: Names,
+    source: Checkpoint,
+) -> AdapterPlan:
+    matched: list[tuple[kinds.Change, tuple[Target, ...]]] = []
+    unmatched: list[str] = []
+    for _, change in claims:
+        places = names.find(change.key, change.parameter)
+        if len(places) > 1:
+            raise PlanError(
+                f"the key `{printable(change.key)}` of `{adapter.contents.shown}` names several"
+                f" layers of {_shown(source)}: "
+                + " and ".join(f"`{layer_of(place[0].tensor)}`" for place in places[:2]),
+                where=adapter.contents.shown,
+                hint="say which is meant with `--map FILE`",
+                code="plan.adapter_ambiguous",
+            )
+        if places:
+            _check_fit(adapter.contents, change, source, places[0])
+            matched.append((change, places[0]))
         else:
-            what = "holds NaN or infinite values before anything is added to it"
-            hint = "mend the checkpoint"
-        return InputError(
-            f"tensor `{self.name}` of {_shown(self.source)} {what}",
-            where=self.name,
-            hint=hint,
-            code="input.nonfinite",
-        )
-
-
-def merge(
-    base: Checkpoint,
-    adapters: Sequence[inputs.AdapterWord | tuple[inputs.AdapterWord, float]],
-    *,
-    scale: float = 1.0,
-    dampen: bool | None = None,
-    allow_unmatched: bool = False,
-) -> Checkpoint:
-    """A checkpoint with `adapters` added to its weights; nothing is computed yet.
-
-    An adapter is a path, `path:strength` as one string, or a pair of path and strength; without a
-    strength it is 1. Strengths may be negative. `scale` multiplies all of them. With `dampen` the
-    n-th adapter counts 0.9^(n-1); None dampens several adapters. With `allow_unmatched` keys that
-    name no layer of `base` are left out, as long as others do.
-
-    Raises: UsageError for a strength that is not a finite number, InputError for a file that cannot
-    be read, PlanError if base and adapter disagree.
-    """
-    if isinstance(adapters, str | os.PathLike):
-        adapters = [adapters]
-    wanted = [inputs.wanted(adapter) for adapter in adapters]
-    if not wanted:
-        raise UsageError("there is no adapter to merge", hint="give at least one adapter file")
-    inputs.finite(scale, "the scale")
-    stage = MergeStage(
-        adapters=tuple(inputs.opened(path, strength) for path, strength in wanted),
-        scale=float(scale),
-        dampen=len(wanted) > 1 if dampen is None else dampen,
-        allow_unmatched=allow_unmatched,
+            unmatched.append(change.key)
+    found = tuple(sorted({kind for kind, _ in claims}))
+    return AdapterPlan(
+        file=adapter, kinds=found, matched=tuple(matched), unmatched=tuple(unmatched)
     )
-    return stage.apply(base)
 
 
-def _flag(values: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = values.get(key, default)
-    if not isinstance(value, bool):
-        raise inputs.ill_typed(key, value)
-    return value
+def _check_fit(
+    adapter: Contents, change: kinds.Change, source: Checkpoint, place: tuple[Target, ...]
+) -> None:
+    """Raises: PlanError if the rows cannot take the change."""
+    name = place[0].tensor
+    spec = source.specs[name]
+    refusal: str | None
+    if change.whole and len(place) > 1:
+        refusal = f"`{printable(change.key)}` mixes rows that stand apart here"
+    else:
+        rows = sum(target.count for target in place)
+        refusal = change.refuse(
+            TensorSpec(spec.dtype, (rows, *spec.shape[1:])) if spec.shape else spec
+        )
+    if refusal is None:
+        return
+    part = "" if len(place) == 1 and place[0].count in spec.shape[:1] else " (rows of it)"
+    raise PlanError(
+        f"`{adapter.shown}` does not fit: {refusal},"
+        f" and `{name}` of {_shown(source)} is {spec}{part}",
+        where=name,
+        hint="was it trained for another model?",
+        code="plan.adapter_shape",
+    )
 
 
-def _shown(source: Checkpoint) -> str:
-    return " and ".join(f"`{s.shown}`" for s in source.sources)
+def _refuse_quantized(source: Checkpoint, plan: MergePlan) -> None:
+    evidence = {found.layer: found.evidence for found in comfy.find_quantized(source)}
+    for name in plan.touched:
+        spec, layer = source.specs[name], name.removesuffix(comfy.WEIGHT)
+        if name.endswith(comfy.WEIGHT) and evidence.get(layer, "dtype") != "dtype":
+            why = f"quantized, by its {evidence[layer]}"
+        elif not spec.is_float:
+            why = "not a 16, 32 or 64 bit float"
+        else:
+            continue
+        raise PlanError(
+            f"tensor `{name}` of {_shown(source)} is {spec} ({why}), so nothing can be added to it",
+            where=name,
+            hint="merge into the unquantized checkpoint, then quantize the result",
+            code="plan.merge_quantized",
+        )
 
 
 def _unmatched(
-    adapter: Source, layers: Layers, source: Checkpoint, unmatched: Sequence[str], total: int
+    adapter: Contents, names: Names, source: Checkpoint, found: AdapterPlan, total: int
 ) -> PlanError:
-    first = unmatched[0]
-    matched = total - len(unmatched)
-    hints = [layers.near(first)]
+    first = found.unmatched[0]
+    matched = total - len(found.unmatched)
+    hints = [names.near(first)]
+    components = {names.component_of(key) for key in found.unmatched}
     if matched:
         hints.append("add `--allow-unmatched` to leave such keys out")
-    elif all(key.startswith("lora_te") for key in unmatched):
-        hints = ["all its keys are for a text encoder, and this is the diffusion model"]
+    elif len(components) == 1 and (component := components.pop()) is not None:
+        hints = [f"all its keys are for a {component}, and this file holds none"]
     else:
-        hints.append("was it trained for another model?")
+        hints.append(
+            "was it trained for another model? If its names are merely unusual, say with"
+            " `--map FILE` which layers they mean"
+        )
     return PlanError(
         f"the key `{printable(first)}` of `{adapter.shown}` names no layer of {_shown(source)};"
         f" {matched} of {total} keys do",
@@ -263,59 +300,45 @@ def _unmatched(
     )
 
 
-def _check_fit(
-    adapter: Source,
-    change: kinds.Change,
-    source: Checkpoint,
-    layer: str,
-    quantized: Mapping[str, str],
-) -> None:
-    """Raises: PlanError if the layer's weight cannot take the change."""
-    name = layer + comfy.WEIGHT
-    spec = source.specs[name]
-    if layer in quantized or not spec.is_float:
-        evidence = quantized.get(layer)
-        why = f"quantized, by its {evidence}" if evidence else "not a 16, 32 or 64 bit float"
-        raise PlanError(
-            f"tensor `{name}` of {_shown(source)} is {spec} ({why}), so nothing can be added to it",
-            where=name,
-            hint="merge into the unquantized checkpoint, then quantize the result",
-            code="plan.merge_quantized",
-        )
-    refusal = change.refuse(spec)
-    if refusal is not None:
-        raise PlanError(
-            f"`{adapter.shown}` does not fit: {refusal},"
-            f" and `{name}` of {_shown(source)} is {spec}",
-            where=name,
-            hint="was it trained for another model?",
-            code="plan.adapter_shape",
-        )
-
-
-def _note(adapter: inputs.AdapterFile, strength: float, plan: _Plan) -> dict[str, Any]:
-    changes = [change for _, change in plan.matched]
-    return {
-        "path": adapter.path,
-        "strength": adapter.strength,
-        "effective_strength": strength,
-        "kind": "+".join(plan.kinds),
-        "ranks": sorted({c.rank for c in changes if c.rank is not None}),
-        "alphas": sorted({c.alpha for c in changes if c.alpha is not None}),
-        "matched": len(changes),
-        "unmatched": plan.unmatched,
-        "layers": sorted({layer for layer, _ in plan.matched}),
-    }
-
-
-def _parts(source: Checkpoint, changes: Mapping[str, Sequence[_Weighted]]) -> Iterator[Part]:
+def _parts(source: Checkpoint, merged: Mapping[str, Merged]) -> Iterator[Part]:
     for part in source.parts:
-        touched = [name for name in part.tensors if name in changes]
+        touched = [name for name in part.tensors if name in merged]
         if not touched:
             yield part
             continue
         for name in touched:
-            yield _Merged(source, name, tuple(changes[name])).part()
-        rest = [name for name in part.tensors if name not in changes]
+            yield merged[name].part()
+        rest = [name for name in part.tensors if name not in merged]
         if rest:
             yield narrowed(part, rest)
+
+
+def _shown(source: Checkpoint) -> str:
+    return " and ".join(f"`{s.shown}`" for s in source.sources)
+
+
+_KEYS = ("adapters", "origin", "scale", "dampen", "allow_unmatched", "names")
+_DEFAULTS: dict[str, Any] = {
+    "alpha": None,
+    "as_comfyui": False,
+    "method": "sum",
+    "density": None,
+    "seed": 0,
+    "dtype": None,
+}
+
+
+def _typed(key: str, value: Any) -> Any:
+    """An argument of a manifest. Raises: InputError if it cannot be one."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    sound = {
+        "alpha": value == "tensors" or (number and abs(value) < float("inf")),
+        "as_comfyui": isinstance(value, bool),
+        "method": isinstance(value, str) and value in catalog.names("methods"),
+        "density": number and 0 < value <= 1,
+        "seed": isinstance(value, int) and number and 0 <= value < 2**63,
+        "dtype": isinstance(value, str) and value in DTYPES,
+    }
+    if not sound[key]:
+        raise inputs.ill_typed(key, value)
+    return float(value) if key in {"alpha", "density"} and number else value

@@ -1,10 +1,13 @@
 """LoRA: a low-rank pair of factors for a weight.
 
 `delta = strength * alpha / rank * (up @ down)`; without an alpha its quotient is 1. Convolution
-factors are flattened after their first dimension, which makes the product the flattened kernel.
+factors are flattened after their first dimension, which makes the product the flattened kernel. A
+core between the factors (LoCon's `mid`) is `sum up[o,m] mid[m,n,...] down[n,i]`. With a reshape the
+weight is padded with zeros to that shape first. PEFT's bias of the upper factor is added to the
+layer's bias at the same scale.
 
-Source: ComfyUI `comfy/weight_adapter/lora.py:LoRAAdapter` (spellings and formula); ComfyUI, too,
-uses scale 1 where there is no alpha tensor, whatever the file's metadata says.
+Source: ComfyUI `comfy/weight_adapter/lora.py:LoRAAdapter` (spellings and formulas; it does not know
+the bias); PEFT `tuners/lora/layer.py:Linear.merge` (the bias).
 """
 
 from __future__ import annotations
@@ -14,12 +17,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from cq.core.dtypes import DTYPES, TensorSpec
+from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
-from cq.core.source import Source
 from cq.core.text import printable
-from cq_merge import factors
-from cq_merge.adapters import Apply
+from cq_merge.adapters import Apply, Change, Reading
+from cq_merge.changes import (
+    Difference,
+    Scaled,
+    bounded,
+    contradiction,
+    makes,
+    scale_of,
+)
+from cq_merge.contents import Contents
+from cq_merge.products import Product
 
 if TYPE_CHECKING:
     import torch
@@ -34,59 +45,46 @@ SPELLINGS = (
     (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),  # transformers
     (".lora_B.default.weight", ".lora_A.default.weight"),  # PEFT with the adapter's name left in
 )
-_ALPHA = ".alpha"
-_LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+_MID = ".lora_mid.weight"  # beside kohya's spelling only
+_RESHAPE = ".reshape_weight"
+_BIASES = {".lora_B.bias": ".lora_B.weight", ".lora_B.default.bias": ".lora_B.default.weight"}
+_NO_BIAS = "ComfyUI leaves out the biases of PEFT's factors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraChange:
-    """One pair of factors: `up` of shape `(N, rank, ...)` and `down` of shape `(rank, K, ...)`."""
+class LoraChange(Scaled):
+    """A product of `up` `(N, rank, ...)` and `down` `(rank, K, ...)`, perhaps around a core.
 
-    source: Source
-    key: str
-    up: str
-    down: str
-    rank: int
-    alpha: float | None
+    `reshape` is the shape that the weight grows to.
+    """
 
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The pair, and the alpha if there is one."""
-        alpha = () if self.alpha is None else (self.key + _ALPHA,)
-        return (self.up, self.down, *alpha)
+    product: Product
+    reshape: tuple[int, ...] | None = None
+
+    def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the file asks for, if it does."""
+        return weight if self.reshape is None else self.reshape
 
     def refuse(self, weight: TensorSpec) -> str | None:
         """Why the product of the factors has not the shape of `weight`, flattened."""
-        up, down = self.source.spec(self.up), self.source.spec(self.down)
-        if weight.shape and (up.shape[0], down.row_numel) == (weight.shape[0], weight.row_numel):
+        after = self.shape(weight.shape)
+        grows = len(after) == len(weight.shape) and all(map(int.__ge__, after, weight.shape))
+        if grows and after and self.product.shape == (after[0], math.prod(after[1:])):
             return None
-        return (
-            f"the factors `{printable(self.up)}` {up} and `{printable(self.down)}` {down} make"
-            f" {up.shape[0]} x {down.row_numel}"
-        )
+        grown = "" if self.reshape is None else f" for a weight that grows to {list(self.reshape)}"
+        return makes(self.contents, self.product.names, self.product.shape) + grown
 
-    def nbytes_peak(self, rows: int, itemsize: int) -> int:
-        """`down` whole and rows of `up`, each as stored and as computed."""
-        total = 0
-        for name, count in ((self.down, self.rank), (self.up, rows)):
-            spec = self.source.spec(name)
-            numel = count * spec.row_numel
-            total += numel * itemsize + numel * DTYPES[spec.dtype].bits // 8
-        return total
+    def nbytes_peak(self, rows: int, columns: int, itemsize: int) -> int:
+        """`down` whole and rows of `up`."""
+        return self.product.nbytes_peak(rows, itemsize)
 
     def load(self, dtype: torch.dtype) -> Apply:
         """Read `down`; `up` is read with the rows that need it."""
-        down = factors.matrix(self.source, self.down, dtype)
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        down, up = self.product.lower(dtype), self.product.upper(dtype)
 
-        def apply(rows: torch.Tensor, start: int, strength: float) -> None:
-            up = factors.matrix(self.source, self.up, dtype, start=start, stop=start + len(rows))
-            multiplier = strength * scale
-            if rows.element_size() == 4 and abs(multiplier) > _LARGEST_FLOAT32:
-                # torch refuses such a factor outright; infinity fails the check of the result,
-                # which can name the weight.
-                multiplier = math.copysign(math.inf, multiplier)
-            rows.addmm_(up, down, alpha=multiplier)
+        def apply(base: torch.Tensor, rows: torch.Tensor, first: int, strength: float) -> None:
+            multiplier = bounded(strength * self.scale.value, rows)
+            rows.addmm_(up(first, first + len(rows)), down, alpha=multiplier)
 
         return apply
 
@@ -94,31 +92,42 @@ class LoraChange:
 class _Lora:
     kind: ClassVar[str] = "lora"
 
-    def claim(self, source: Source) -> Sequence[LoraChange]:
-        """Every pair in any of the spellings."""
+    def claim(self, source: Contents, reading: Reading) -> Sequence[Change]:
+        """Every pair in any of the spellings, and the biases of PEFT's."""
         changes: dict[str, LoraChange] = {}
-        for up in sorted(source.owner):
+        biases: list[Change] = []
+        for up in sorted(name for name in source.names if "lora" in name):
             pair = _split(up)
-            if pair is None or not up.endswith(pair[1]) or self.partner(up) not in source.owner:
+            if pair is None or not up.endswith(pair[1]) or self.partner(up) not in source:
                 continue
             key, up_ending, down_ending = pair
             if key in changes:
                 raise InputError(
                     f"`{source.shown}` holds two pairs of factors for `{printable(key)}`:"
-                    f" `{printable(changes[key].up)}` and `{printable(up)}`",
+                    f" `{printable(changes[key].product.left)}` and `{printable(up)}`",
                     where=source.shown,
                     code="input.adapter_twice",
                 )
-            changes[key] = _change(source, key, key + up_ending, key + down_ending)
-        return list(changes.values())
+            bias = next((key + b for b, own in _BIASES.items() if own == up_ending), None)
+            if bias not in source:
+                bias = None
+            dropped = bias if reading.as_comfyui else None
+            found = _change(source, reading, key, key + up_ending, key + down_ending, dropped)
+            changes[key] = found
+            if bias is not None and not reading.as_comfyui:
+                biases.append(_bias(found, bias))
+        return [*changes.values(), *biases]
 
     def partner(self, name: str) -> str | None:
         """The other factor."""
         pair = _split(name)
-        if pair is None:
-            return None
-        key, up, down = pair
-        return key + (down if name.endswith(up) else up)
+        if pair is not None:
+            key, up, down = pair
+            return key + (down if name.endswith(up) else up)
+        for ending, up in ((_MID, SPELLINGS[0][0]), (_RESHAPE, SPELLINGS[0][0]), *_BIASES.items()):
+            if name.endswith(ending):
+                return name.removesuffix(ending) + up
+        return None
 
 
 PLUG = _Lora()
@@ -133,23 +142,53 @@ def _split(name: str) -> tuple[str, str, str] | None:
     return None
 
 
-def _change(source: Source, key: str, up: str, down: str) -> LoraChange:
-    for name in (up, down):
-        factors.check_dtype(source, name)
-    up_spec, down_spec = source.spec(up), source.spec(down)
-    if len(up_spec.shape) < 2 or len(down_spec.shape) < 2 or not down_spec.shape[0]:
-        raise _disagree(source, up, down)
-    rank = down_spec.shape[0]
-    if up_spec.row_numel != rank:
-        raise _disagree(source, up, down)
-    alpha = factors.scalar(source, key + _ALPHA) if key + _ALPHA in source.owner else None
-    return LoraChange(source=source, key=key, up=up, down=down, rank=rank, alpha=alpha)
+def _change(
+    source: Contents, reading: Reading, key: str, up: str, down: str, dropped: str | None
+) -> LoraChange:
+    mid = key + _MID if up == key + SPELLINGS[0][0] and key + _MID in source else None
+    product = Product(contents=source, left=up, right=down, core=mid)
+    scale = scale_of(source, reading, key, source.spec(down).shape[0])
+    beside = [name for name in (key + _RESHAPE, dropped) if name in source]
+    return LoraChange(
+        contents=source,
+        key=key,
+        tensors=(*product.names, *scale.tensors, *filter(None, beside)),
+        scale=scale,
+        product=product,
+        reshape=_reshape(source, key + _RESHAPE),
+        said=() if dropped is None else (_NO_BIAS,),
+    )
 
 
-def _disagree(source: Source, up: str, down: str) -> InputError:
-    return InputError(
-        f"the factors `{printable(up)}` {source.spec(up)} and `{printable(down)}`"
-        f" {source.spec(down)} of `{source.shown}` share no rank",
-        where=source.shown,
-        code="input.adapter_shape",
+def _reshape(source: Contents, name: str) -> tuple[int, ...] | None:
+    """The shape that the weight grows to. Raises: InputError if it is none."""
+    if name in source.added:
+        return source.added[name]
+    if name not in source:
+        return None
+    numbers = source.numbers(name)
+    shape = tuple(int(number) for number in numbers)
+    if list(shape) != numbers or not shape or min(shape) < 1:
+        raise InputError(
+            f"tensor `{printable(name)}` of `{source.shown}` holds"
+            f" {', '.join(f'{number:g}' for number in numbers)}, which is no shape",
+            where=source.shown,
+            hint="the file is damaged, or a tool wrote it wrongly",
+            code="input.adapter_shape",
+        )
+    return shape
+
+
+def _bias(change: LoraChange, name: str) -> Difference:
+    source = change.contents
+    product = change.product
+    if source.floating(name).shape != product.shape[:1]:
+        raise contradiction(source, [product.left, name], "do not belong to one layer")
+    return Difference(
+        contents=source,
+        key=change.key,
+        name=name,
+        parameter="bias",
+        factor=change.scale.value,
+        said=(_NO_BIAS,),
     )

@@ -1,0 +1,46 @@
+"""`orthogonal`: each adapter adds only what none before it adds already.
+
+What an adapter's change has along the changes before it would count twice in a sum, so it is taken
+out. The first adapter stays whole: the order is the user's word on which matters most.
+
+Source: the Gram-Schmidt process on changes as vectors. That what is merged later should be
+orthogonal to what was merged before is the idea of OPCM, arXiv 2501.09522, which projects singular
+direction by singular direction instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Orthogonal:
+    """The method plug."""
+
+    name = "orthogonal"
+    additive = False
+    density: float | None = None
+
+    def combine(
+        self, deltas: Sequence[torch.Tensor], density: float | None, generator: torch.Generator
+    ) -> torch.Tensor:
+        """The sum of the changes, each without its part along the ones before it."""
+        import torch
+
+        total = torch.zeros_like(deltas[0])
+        done: list[torch.Tensor] = []
+        for delta in deltas:
+            for earlier in done:
+                squared = float(earlier.double().square().sum()) if earlier.numel() else 0.0
+                if squared:
+                    along = float((delta.double() * earlier.double()).sum()) / squared
+                    delta -= along * earlier
+            done.append(delta)
+            total += delta
+        return total
+
+
+PLUG = Orthogonal()
