@@ -22,7 +22,7 @@ from typing import Any
 
 from cq.core.errors import PlanError
 
-KINDS = ("formats", "optimizers", "adapters", "models", "stages", "commands")
+KINDS = ("formats", "optimizers", "adapters", "methods", "models", "stages", "checks", "commands")
 
 _registered: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
 

@@ -21,12 +21,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cq.core import catalog, select
 from cq.core.dtypes import DTYPES, TensorSpec
 from cq.core.errors import PlanError
 from cq.core.rotation import is_group
+
+if TYPE_CHECKING:
+    from cq.core.dialects import Dialect
 
 KINDS = ("diffusion", "text encoder")
 ROLES = ("keep", "modulation", "optional")
@@ -100,7 +103,8 @@ class Family:
     layers whose shape ComfyUI reads to tell the model, so that no packed format may store them.
     `others` says that the family holds more models than the known variants. `rotation` is the
     ConvRot group of quantized files that the model's makers or ComfyUI's released, None if none is
-    known. `notes` are for the user. `layers_text` lists what `layers` holds.
+    known. `notes` are for the user. `layers_text` lists what `layers` holds, `other_names` what
+    `dialect` reads.
     """
 
     name: str
@@ -118,12 +122,30 @@ class Family:
     notes: tuple[str, ...]
     aliases: Mapping[str, tuple[str, ...]]
     layers_text: str
+    other_names: str
 
     @cached_property
     def layers(self) -> frozenset[str]:
         """The names of all linear and convolution layers, `cq.core.text.folded`; what adapters for
         the family change. Empty for a family of which they are not known."""
         return frozenset(self.layers_text.split())
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """The other names of the family's tensors, such as those of diffusers.
+
+        Raises: PlanError if they cannot be read, which is when they are first asked for.
+        """
+        from cq.core import dialects
+
+        text, inherited = self.other_names.strip(), dialects.Dialect(())
+        if text.startswith("as "):
+            first, _, text = text.partition("\n")
+            inherited = _family(first.removeprefix("as ").strip()).dialect
+        try:
+            return dialects.Dialect(dialects.parse(text, inherited.lines))
+        except ValueError as error:
+            raise _broken(self.name, f"in its other names {error}") from error
 
     def role(self, layer: str) -> Role | None:
         """What the layer, named without prefix and `.weight`, is; None for an ordinary one.
@@ -228,8 +250,8 @@ def load(name: str) -> Family:
     `lacks`, `sizes = [[tensor, axis, size]]`), `[[variants]]` (`name` and the same, the first that
     holds counts), perhaps `others = true`, `[[keep]]`, `[[modulation]]`, `[[optional]]` (each with
     `reason` and `patterns`, see `cq.core.select`, over layer names without prefix), `detection`
-    (patterns), `rotation`, `notes`, `layers` (one text, for the sake of speed) and `[aliases.NAME]`
-    (`keep_also`, names of roles).
+    (patterns), `rotation`, `notes`, `layers` (one text, for the sake of speed), `other_names`
+    (see `cq.core.dialects`) and `[aliases.NAME]` (`keep_also`, names of roles).
 
     Raises: PlanError with near names if there is none, or if its file is not such a family.
 
@@ -390,6 +412,7 @@ def _family(name: str) -> Family:
         notes=table.texts("notes"),
         aliases=_aliases(name, table.take("aliases", dict, default={})),
         layers_text=table.take("layers", str, default=""),
+        other_names=table.take("other_names", str, default=""),
     )
     table.done()
     if family.kind not in KINDS:
