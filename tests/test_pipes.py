@@ -153,10 +153,12 @@ def test_quiet_says_nothing(tmp_path: Path) -> None:
     assert json.loads(done.out)["source"][0]["path"] == str(tmp_path / "x.st")
 
 
-def test_progress_in_a_pipe_is_lines_on_stderr(tmp_path: Path) -> None:
-    done = cq("quant", BASE, "-o", tmp_path / "x.st")
+def test_progress_in_a_pipe_is_lines_on_stderr(big_model: Path, tmp_path: Path) -> None:
+    done = cq("quant", big_model, "-o", tmp_path / "x.st")
     assert "quant: 100 % (" in done.err
     assert "\x1b" not in done.err + done.out
+    small = cq("quant", BASE, "-o", tmp_path / "y.st")
+    assert " % (" not in small.err
 
 
 def test_json_error_leaves_stdout_empty(tmp_path: Path) -> None:

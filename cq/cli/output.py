@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cq.core.engine.local import Progress
 
 _LINE_SECONDS = 30.0
+_SMALL_NBYTES = 50e6  # done before anybody has read a line, unless it takes long after all
 
 
 class LostReader(CqError):
@@ -266,7 +267,7 @@ class _Lines:
     def show(self, event: Progress) -> None:
         tenth = 10 * event.done // max(1, event.total)
         now = time.monotonic()
-        if tenth > self._tenth or now - self._at > _LINE_SECONDS:
+        if (tenth > self._tenth and event.total > _SMALL_NBYTES) or now - self._at > _LINE_SECONDS:
             self._tenth, self._at = tenth, now
             self._say(
                 f"{self._what}: {100 * event.done // max(1, event.total)} %"
