@@ -1,0 +1,261 @@
+"""A checkpoint as several files and an index, as libraries other than ComfyUI read them.
+
+Owns which tensors share a file, the files' names, and that the index, which makes a checkpoint of
+them, is written last. Each file is an output of its own, resumed and committed like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cq.core import files, laid_out, manifest, sink
+from cq.core.checkpoint import Checkpoint, Part, narrowed
+from cq.core.dtypes import TensorSpec
+from cq.core.engine.local import Progress
+from cq.core.errors import PlanError, ResourceError, UsageError
+from cq.core.source import INDEX_SUFFIX
+from cq.core.write import Written, write
+
+_SUFFIX = ".safetensors"
+# What a tensor's entry in a header takes at most, beside its name and the sizes in its shape
+_ENTRY_BYTES, _SIDE_BYTES = 128, 21
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of several, and what it holds."""
+
+    path: Path
+    checkpoint: Checkpoint
+
+
+def index_path(output: str | os.PathLike[str]) -> Path:
+    """The index that an output is written with: `NAME.safetensors.index.json`, which
+    `NAME.safetensors` stands for as well.
+
+    Raises: UsageError for a name that is neither.
+    """
+    path = Path(output)
+    if path.name.endswith(INDEX_SUFFIX) and path.name != INDEX_SUFFIX:
+        return path
+    if path.name.endswith(_SUFFIX) and path.name != _SUFFIX:
+        return path.with_name(path.name.removesuffix(_SUFFIX) + INDEX_SUFFIX)
+    raise UsageError(
+        f"`{path}` cannot name several files",
+        hint=f"name the output `NAME{_SUFFIX}` or `NAME{INDEX_SUFFIX}`",
+        code="usage.shards",
+    )
+
+
+def plan(checkpoint: Checkpoint, index: Path, max_bytes: int) -> tuple[Shard, ...]:
+    """The shards of a checkpoint, each a file of at most `max_bytes`, or of one layer that is
+    larger. A layer stays together, and so do tensors that are produced together.
+
+    Raises: UsageError for a size that is not positive.
+    """
+    if max_bytes <= 0:
+        raise UsageError("a shard cannot be of 0 bytes", hint="write a size such as `5GB`")
+    head = len(orjson.dumps(laid_out.final_metadata(checkpoint))) + 64
+    groups: list[list[str]] = []
+    size = 0
+    for names in _together(checkpoint):
+        nbytes = sum(_nbytes(name, checkpoint.specs[name]) for name in names)
+        if not groups or head + size + nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1] += names
+        size += nbytes
+    stem, count = index.name.removesuffix(INDEX_SUFFIX), len(groups)
+    return tuple(
+        Shard(
+            index.with_name(f"{stem}-{i:05}-of-{count:05}{_SUFFIX}"), _narrowed(checkpoint, names)
+        )
+        for i, names in enumerate(groups, 1)
+    )
+
+
+def _together(checkpoint: Checkpoint) -> list[list[str]]:
+    """Names by layer; layers in the order of their names, numbers counted."""
+    layers: dict[str, list[str]] = {}
+    for name in sorted(checkpoint.specs, key=_natural):
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return list(layers.values())
+
+
+def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
+    return tuple((0, int(w)) if w.isdecimal() else (1, w) for w in name.split("."))
+
+
+def _nbytes(name: str, spec: TensorSpec) -> int:
+    """What a tensor takes in a file, at most."""
+    return spec.nbytes + len(json.dumps(name)) + _ENTRY_BYTES + _SIDE_BYTES * len(spec.shape)
+
+
+def _narrowed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    wanted = set(names)
+    parts: list[Part] = []
+    for part in checkpoint.parts:
+        own = [name for name in part.tensors if name in wanted]
+        if own:
+            parts.append(part if len(own) == len(part.tensors) else narrowed(part, own))
+    return dataclasses.replace(checkpoint, parts=tuple(parts))
+
+
+def check_targets(
+    checkpoint: Checkpoint, output: str | os.PathLike[str], max_bytes: int, *, force: bool
+) -> tuple[Shard, ...]:
+    """The shards, once it is known that their files and the index may be written.
+
+    Raises: as `cq.core.sink.check_target`, for each of them.
+    """
+    index = index_path(output)
+    shards = plan(checkpoint, index, max_bytes)
+    done = _finished(index, _digest(checkpoint, max_bytes))
+    for shard in shards:
+        sink.check_target(checkpoint, shard.path, force=force or shard.path.name in done)
+    sink.check_target(checkpoint, index, force=force)
+    return shards
+
+
+def write_shards(
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str],
+    *,
+    max_bytes: int,
+    force: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    memory_limit: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Written:
+    """Write `checkpoint` as shards of at most `max_bytes` and an index, going on from where an
+    interrupted run stopped. ComfyUI reads single files only.
+
+    Raises: as `cq.core.write.write`. Before the index is there, the shards are no checkpoint.
+    """
+    started = time.monotonic()
+    index = index_path(output)
+    digest = _digest(checkpoint, max_bytes)
+    if restart:
+        _partial(index).unlink(missing_ok=True)
+    shards = check_targets(checkpoint, output, max_bytes, force=force)
+    done = _finished(index, digest)
+    nbytes = parts = resumed = written_bytes = 0
+    total = sum(shard.checkpoint.nbytes for shard in shards)
+    for shard in shards:
+        own = len(shard.checkpoint.parts)
+        if shard.path.name in done and shard.path.is_file():
+            nbytes += shard.path.stat().st_size
+            resumed += own
+        else:
+            written = write(
+                shard.checkpoint,
+                shard.path,
+                force=force,
+                restart=restart,
+                workers=workers,
+                memory_limit=memory_limit,
+                on_progress=_shifted(on_progress, written_bytes, total, parts),
+            )
+            nbytes += written.nbytes
+            resumed += written.parts_resumed
+            done.add(shard.path.name)
+            _note(index, {"work": digest, "finished": sorted(done)})
+        parts += own
+        written_bytes += shard.checkpoint.nbytes
+    placed = {name: shard.path.name for shard in shards for name in shard.checkpoint.specs}
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    _note(index, document)
+    try:
+        _partial(index).replace(index)
+    except OSError as error:
+        raise _unwritable(index, error) from error
+    files.sync_directory(index.parent)
+    return Written(
+        path=index,
+        nbytes=nbytes,
+        seconds=time.monotonic() - started,
+        parts=parts,
+        parts_resumed=resumed,
+        digest=manifest.work_digest(checkpoint),
+    )
+
+
+def _shifted(
+    on_progress: Callable[[Progress], None] | None, done: int, total: int, parts_done: int
+) -> Callable[[Progress], None] | None:
+    """Progress over all shards, from that of one."""
+    if on_progress is None:
+        return None
+    return lambda event: on_progress(
+        event._replace(
+            done=done + event.done, total=total, parts_done=parts_done + event.parts_done
+        )
+    )
+
+
+def _digest(checkpoint: Checkpoint, max_bytes: int) -> str:
+    times = [file.mtime_ns for file in checkpoint.inputs]
+    text = f"{manifest.work_digest(checkpoint)} {max_bytes} {times}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _partial(index: Path) -> Path:
+    return index.with_name(index.name + _PARTIAL)
+
+
+def _finished(index: Path, digest: str) -> set[str]:
+    """The shards that an interrupted run of the same work has left whole.
+
+    Raises: PlanError if the note of them is of other work, or somebody else's file.
+    """
+    path = _partial(index)
+    try:
+        found = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        return set()
+    except (OSError, orjson.JSONDecodeError):
+        found = None
+    if isinstance(found, dict) and found.get("work") == digest:
+        return {name for name in found.get("finished", []) if isinstance(name, str)}
+    if isinstance(found, dict) and "weight_map" in found:
+        return set()  # cut off between its last write and its name
+    raise PlanError(
+        f"`{path}` holds unfinished work of another command",
+        where=str(path),
+        hint="run that command again to finish it, or add `--restart` to discard it",
+        code="plan.other_partial",
+    )
+
+
+def _note(index: Path, document: Mapping[str, Any]) -> None:
+    raw = orjson.dumps(document, option=orjson.OPT_INDENT_2)
+    try:
+        fd = os.open(_partial(index), files.OWN_FLAGS, 0o666)
+        try:
+            os.ftruncate(fd, 0)
+            files.write_at(fd, memoryview(raw), 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _unwritable(index, error) from error
+
+
+def _unwritable(index: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"cannot write `{index}`: {(error.strerror or str(error)).lower()}",
+        where=str(index),
+        code="resource.output",
+    )
