@@ -160,7 +160,7 @@ WRONG_LORA = {
         lambda p: lora(
             p,
             "lora_unet_blocks_0_linear",
-            **{"lora_unet_blocks_0_linear.dora_scale": torch.ones(128, 1)},
+            **{"lora_unet_blocks_0_linear.vera_lambda_b": torch.ones(128, 1)},
         ),
         4,
         "of a kind that this version does not merge",
@@ -192,7 +192,7 @@ def test_wrong_lora_is_one_error_and_leaves_nothing(name: str, tmp_path: Path) -
 USAGE = {
     "misspelt command": (("qaunt",), "did you mean `quant`?"),
     "misspelt option": (("quant", BASE, "--optimiser", "rtn"), "did you mean `--optimizer`?"),
-    "no adapter": (("merge", BASE), "see `cq merge --help`"),
+    "no adapter": (("merge", BASE), "`cq merge BASE ADAPTER:0.8`"),
     "strength": (("merge", BASE, f"{STYLE}:nan"), "it is a finite number"),
     "size": (("quant", BASE, "--memory-limit", "much"), "`much` is not a size"),
     "regular expression": (("quant", BASE, "--skip", "re:(", "--dry-run"), "`re:(`"),
