@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
@@ -29,6 +29,7 @@ from cq_analyze.candidates import Candidate
 from cq_analyze.deep import Cost, MeasuredLayer, Measurements
 from cq_analyze.knapsack import Way, least_size, pack
 from cq_analyze.metrics import finite
+from cq_analyze.planning import planned
 from cq_analyze.recipes import document, exactly
 
 _ROUNDS = 8  # until the header's size is met; two or three do
@@ -71,12 +72,25 @@ class Chosen:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
     """A format for each layer. `model` is the checkpoint that `cq quant --recipe` makes of it,
-    `noise` the error that it has, and `bound` one that no choice within the budget is below."""
+    `noise` the error that it has, and `bound` one that no choice within the `budget` is below, but
+    for the few bytes by which a header differs from what was reckoned."""
 
     measurements: Measurements
     chosen: tuple[Chosen, ...]
     model: Checkpoint
     bound: float
+    budget: int | None
+
+    @property
+    def unused(self) -> int:
+        """Bytes of the budget that are left; 0 without one."""
+        return 0 if self.budget is None else self.budget - self.nbytes
+
+    @property
+    def best(self) -> bool:
+        """Whether it is proven that no other choice of formats has less error in the budget, so
+        that what is left of it fits no layer."""
+        return self.noise <= self.bound
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -195,7 +209,7 @@ class _Chooser:
             min(range(len(ways)), key=lambda i, w=ways: (w[i].size, w[i].loss))  # type: ignore[misc]
             for ways in self._ways
         ]
-        return self._mixture(places, bound=0.0)
+        return self._mixture(places)
 
     def within(self, budget: int) -> Mixture:
         """The least noise in at most `budget` bytes.
@@ -213,7 +227,7 @@ class _Chooser:
             packing = pack(self._ways, capacity)
             if packing is None:
                 break
-            found = self._mixture(packing.places, bound=packing.bound)
+            found = self._mixture(packing.places, bound=packing.bound, budget=budget)
             over = found.nbytes - budget
             if over <= 0 and (best is None or found.noise < best.noise):
                 best = found
@@ -222,7 +236,7 @@ class _Chooser:
                 break
             capacity -= over if capacity in seen else 0
         if best is None:
-            best = self.smallest()
+            best = replace(self.smallest(), budget=budget)
         if best.nbytes > budget:
             raise self._too_small(budget, best)
         return best
@@ -238,18 +252,20 @@ class _Chooser:
             code="plan.budget",
         )
 
-    def _mixture(self, places: Sequence[int], *, bound: float) -> Mixture:
+    def _mixture(
+        self, places: Sequence[int], *, bound: float = 0.0, budget: int | None = None
+    ) -> Mixture:
         chosen = tuple(own[i] for own, i in zip(self._choices, places, strict=True))
         draft = Mixture(
             measurements=self._measurements,
             chosen=chosen,
             model=self._measurements.checkpoint,
             bound=bound,
+            budget=budget,
         )
         if all(one.cost is None for one in chosen):
             return draft
-        model = _planned(self._measurements, draft.rules)
-        return Mixture(measurements=self._measurements, chosen=chosen, model=model, bound=bound)
+        return replace(draft, model=_planned(self._measurements, draft.rules))
 
 
 def _way(one: Chosen) -> Way:
@@ -311,16 +327,6 @@ def _notes(model: Checkpoint) -> dict[str, Mapping[str, Any]]:
 
 
 def _planned(measurements: Measurements, rules: Sequence[Rule]) -> Checkpoint:
-    """The checkpoint that `cq quant --recipe` makes of the rules, its defaults spelt out as
-    `cq_quant.quantize` does, since they stand in the file's history."""
-    arguments = {
-        "format": "int8_tensorwise",
-        "scaling": "row",
-        "optimizer": "quip",
-        "family": measurements.asked.family,
-        "allow_custom_loader": measurements.asked.allow_custom_loader,
-        "rules": [rule.to_dict() for rule in rules],
-    }
-    stage = catalog.load("stages", "quant").from_arguments(arguments)
-    found: Checkpoint = stage.apply(measurements.checkpoint)
-    return found
+    """The checkpoint that `cq quant --recipe` makes of the rules, with its own defaults."""
+    asked = replace(measurements.asked, recipe=tuple(rules), only=(), skip=())
+    return planned(measurements.checkpoint, asked)

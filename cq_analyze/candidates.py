@@ -8,7 +8,7 @@ words, found by its name in the catalogue. Never imports torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cq.core import catalog, comfy, recipe, select
@@ -17,6 +17,7 @@ from cq.core.dtypes import TensorSpec
 from cq.core.errors import PlanError
 from cq.core.formats import Format
 from cq.core.recipe import Rule
+from cq_analyze.planning import Settings, planned
 
 _CAST_FROM = frozenset({"F32", "F64"})  # a narrower source is as small as a cast would make it
 _CASTS = ("bf16", "fp16")
@@ -55,10 +56,6 @@ class Candidate:
         plug: Format = catalog.load("formats", self.format)
         told = self.rotate not in {"auto", "off"}
         return bool(chosen.rotates) or told or plug.rotation == "always"
-
-    def stage_arguments(self) -> dict[str, Any]:
-        """The quantize stage's arguments for a checkpoint stored so."""
-        return asdict(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -108,27 +105,6 @@ class Considered:
         return self.name.removesuffix(comfy.WEIGHT)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What a user says of the plan, as the quantize stage takes it. See `cq_quant.quantize`."""
-
-    family: str = "auto"
-    rules: tuple[Rule, ...] = ()
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    allow_custom_loader: bool = False
-
-    def arguments(self) -> dict[str, Any]:
-        """The stage's arguments that say so."""
-        return {
-            "family": self.family,
-            "rules": [rule.to_dict() for rule in self.rules],
-            "only": list(self.only),
-            "skip": list(self.skip),
-            "allow_custom_loader": self.allow_custom_loader,
-        }
-
-
 def candidates(
     *, formats: Sequence[str] | None = None, allow_custom_loader: bool = False
 ) -> tuple[Candidate, ...]:
@@ -160,16 +136,17 @@ def _candidate(name: str, scaling: str, optimizer: str | None) -> Candidate:
 
 
 def consider(
-    checkpoint: Checkpoint, ways: Sequence[Candidate], asked: Asked
+    checkpoint: Checkpoint, ways: Sequence[Candidate], asked: Settings
 ) -> tuple[Considered, ...]:
     """The layers that some candidate can store, and what the quantize stage says to each candidate,
-    in the checkpoint's order; of those that `asked` names, if it names any.
+    in the checkpoint's order; of those that `asked` names, if it names any. Of format, scaling,
+    optimizer and rotation `asked` has nothing to say: they are the candidates'.
 
     Raises: PlanError as the quantize stage does: if the checkpoint is quantized already, a pattern
     matches nothing, or there is no such layer at all.
     """
     ways = (*ways, *(w for w in _ruled(asked.rules) if w not in ways))
-    free = Asked(family=asked.family, only=("*",), allow_custom_loader=asked.allow_custom_loader)
+    free = replace(asked, recipe=(), only=("*",), skip=())
     plans = [
         (
             way,
@@ -228,7 +205,7 @@ def _ruled(rules: Sequence[Rule]) -> list[Candidate]:
     return found
 
 
-def _named(layers: Sequence[str], asked: Asked) -> frozenset[str]:
+def _named(layers: Sequence[str], asked: Settings) -> frozenset[str]:
     """The tensors that `only` and `skip` leave."""
     bare = {name.removesuffix(comfy.WEIGHT): name for name in layers}
     if asked.only:
@@ -242,13 +219,11 @@ def _named(layers: Sequence[str], asked: Asked) -> frozenset[str]:
 class _Plan:
     """A checkpoint as the quantize stage would make it, and its words on each layer."""
 
-    def __init__(self, checkpoint: Checkpoint, way: Candidate, asked: Asked) -> None:
-        arguments = {**asked.arguments(), **way.stage_arguments()}
+    def __init__(self, checkpoint: Checkpoint, way: Candidate, asked: Settings) -> None:
         self.notes: dict[str, Mapping[str, Any]] = {}
         self.nothing: str | None = None
         try:
-            stage = catalog.load("stages", "quant").from_arguments(arguments)
-            self.result: Checkpoint = stage.apply(checkpoint)
+            self.result: Checkpoint = planned(checkpoint, replace(asked, **asdict(way)))
         except PlanError as error:
             if error.code != "plan.nothing":
                 raise

@@ -17,9 +17,10 @@ from cq.core.engine import local
 from cq.core.errors import PlanError, UsageError
 from cq.core.recipe import Rule, parse_only
 from cq.core.source import check_unchanged
-from cq_analyze.candidates import Asked, Candidate, Considered, Option, candidates, consider
+from cq_analyze.candidates import Candidate, Considered, Option, candidates, consider
 from cq_analyze.measuring import Outcome, Outliers, inspect, task
 from cq_analyze.metrics import Sums, finite
+from cq_analyze.planning import Settings
 from cq_analyze.report import natural
 
 METRICS = ("sqnr", "cosine", "mse", "outliers")
@@ -131,7 +132,7 @@ class Measurements:
     """What `measure` found. Layers stand in the checkpoint's order."""
 
     checkpoint: Checkpoint
-    asked: Asked
+    asked: Settings
     candidates: tuple[Candidate, ...]
     layers: tuple[MeasuredLayer, ...]
 
@@ -235,9 +236,9 @@ def measure(
     Raises: PlanError as `cq_quant.quantize` does; ResourceError if a layer does not fit into
     `memory_limit` bytes.
     """
-    asked = Asked(
+    asked = Settings(
         family=family,
-        rules=tuple(rules),
+        recipe=tuple(rules),
         only=tuple(only),
         skip=tuple(skip),
         allow_custom_loader=allow_custom_loader,

@@ -22,8 +22,9 @@ from cq.core.formats import Format, loaded_by
 from cq.core.header import total_nbytes
 from cq.core.knowledge import AUTO, Knowledge, know
 from cq.core.recipe import Rule
-from cq_analyze import adapters, inventory, planning
+from cq_analyze import adapters, calibrations, inventory, planning
 from cq_analyze.adapters import AdapterFile
+from cq_analyze.calibrations import CalibrationFile
 from cq_analyze.inventory import Inventory
 from cq_analyze.planning import Settings
 from cq_analyze.report import Finding
@@ -89,9 +90,9 @@ class Quantized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
-    """What `analyze` found. `what` is `model`, `quantized`, `adapter` or `other`; of `plan`,
-    `quantized` and `adapter` those are None that do not apply. `unplanned` says why there is no
-    plan for a file that might have one."""
+    """What `analyze` found. `what` is `model`, `quantized`, `adapter`, `calibration` or `other`; of
+    `plan`, `quantized`, `adapter` and `calibration` those are None that do not apply. `unplanned`
+    says why there is no plan for a file that might have one."""
 
     checkpoint: str
     what: str
@@ -103,6 +104,7 @@ class Analysis:
     unplanned: str | None = None
     quantized: Quantized | None = None
     adapter: AdapterFile | None = None
+    calibration: CalibrationFile | None = None
 
     @property
     def passed(self) -> bool:
@@ -133,6 +135,7 @@ class Analysis:
             "unplanned": self.unplanned,
             "quantized": self.quantized and self.quantized.to_dict(),
             "adapter": self.adapter and self.adapter.to_dict(),
+            "calibration": self.calibration and self.calibration.to_dict(),
         }
 
 
@@ -147,12 +150,13 @@ def analyze(
     recipe: str | os.PathLike[str] | Sequence[Rule] = (),
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
+    requantize: bool = False,
     allow_custom_loader: bool = False,
 ) -> Analysis:
     """What the checkpoint is and what quantizing it would make of it; from its header alone.
 
-    The words are those of `cq_quant.quantize`; None is its default. A quantized checkpoint and an
-    adapter have no plan.
+    The words are those of `cq_quant.quantize`; None is its default. A quantized checkpoint has no
+    plan without `requantize`, an adapter none at all.
 
     Raises: PlanError if a family, format or optimizer does not exist, a pattern matches nothing, or
     a plan is asked of a quantized checkpoint or an adapter; InputError for a recipe that is none.
@@ -166,12 +170,17 @@ def analyze(
         recipe=recipe,
         only=only,
         skip=skip,
+        requantize=requantize,
         allow_custom_loader=allow_custom_loader,
     )
+    calibration = calibrations.describe(checkpoint)
+    if calibration is not None:
+        return _calibration(checkpoint, calibration, settings)
     adapter = adapters.describe(checkpoint)
     if adapter is not None:
         return _adapter(checkpoint, adapter, settings)
-    known, parts = know(checkpoint.specs, family), components(checkpoint.specs)
+    parts = components(checkpoint.specs)
+    known = know(checkpoint.specs, family, found=parts)
     quantized = _quantized(checkpoint) if _may_be_quantized(checkpoint) else None
     plan, unplanned = None, None
     if quantized is None or settings.asked:
@@ -222,6 +231,26 @@ def _adapter(checkpoint: Checkpoint, adapter: AdapterFile, settings: Settings) -
         components=(),
         known=Knowledge(),
         adapter=adapter,
+    )
+
+
+def _calibration(
+    checkpoint: Checkpoint, calibration: CalibrationFile, settings: Settings
+) -> Analysis:
+    if settings.asked or settings.family != AUTO:
+        raise PlanError(
+            f"`{shown(checkpoint)}` is a calibration, which holds no weights",
+            hint="give it to `cq quant MODEL --calibration`, or leave the options of a plan out",
+            code="plan.calibration",
+        )
+    return Analysis(
+        checkpoint=shown(checkpoint),
+        what="calibration",
+        nbytes_file=_nbytes(checkpoint),
+        inventory=inventory.take(checkpoint, Knowledge(), (), coded=False),
+        components=(),
+        known=Knowledge(),
+        calibration=calibration,
     )
 
 

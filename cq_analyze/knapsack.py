@@ -2,9 +2,10 @@
 
 Lagrange's relaxation gives the price of a byte at which the best choices just fit, and a bound on
 what any choices can reach. Beginning with these, the items are taken up by how little it costs to
-choose otherwise, and all partial choices that could still win are kept, cheapest first (dynamic
-programming over the core, Pisinger 1995). While no more than `_STATES` are alive the answer is
-exact; beyond, they are thinned, and the bound tells by how much it can be short of the best.
+choose otherwise, and all partial choices that could still win are kept (dynamic programming over
+the core, Pisinger 1995); which could is told by the least price at which the items that are left
+save or fill a byte. While no more than `_STATES` are alive the answer is exact; beyond, they are
+thinned until the answer is within `_NEAR` of the bound, which tells by how much it can be short.
 
 Owns numbers only: no layer, no format, no torch.
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-# Three times as many take five times as long and come 0.1 % nearer to the bound.
-_STATES = 1000
+_STATES = 1000  # seldom reached by models of a hundred layers, and a millisecond for each layer
+_NEAR = 1e-4
 _NEARLY = 1e-9  # of the bound: what is left in float64
 
 
@@ -32,7 +33,7 @@ class Way(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
     """The place of the way chosen for each item, their sizes and losses together, and a loss that
-    no packing of the same capacity is below."""
+    no packing of the same capacity is below: the packing's own if it is proven the best."""
 
     places: tuple[int, ...]
     size: int
@@ -134,15 +135,27 @@ def _packing(items: Sequence[Sequence[Way]], places: Sequence[int], *, bound: fl
     )
 
 
-class _State(NamedTuple):
-    """A partial choice: sizes and *regrets* (by how much loss and price together exceed the least)
-    of all items, those not yet taken up at their best; and how it came about."""
+class _Move(NamedTuple):
+    """Another choice for an item than its best: by how much it is larger, and its regret."""
 
-    size: int
+    grows: int
     regret: float
-    before: _State | None
-    item: int
     place: int
+
+
+_Trail = tuple[int, int, "_Trail"] | tuple[()]
+
+
+class _State(NamedTuple):
+    """A partial choice: by how much it is over the capacity, and its *regret* (by how much loss and
+    price together exceed the least), items that are not yet taken up at their best. `trail` is how
+    it came about: the last item's place, and the trail before. `serial` keeps states in an order
+    without a look at the trail."""
+
+    over: int
+    regret: float
+    serial: int
+    trail: _Trail
 
 
 class _Core:
@@ -150,7 +163,6 @@ class _Core:
 
     def __init__(self, items: Sequence[Sequence[Way]], capacity: int, price: float) -> None:
         self._items = items
-        self._capacity = capacity
         self._price = price
         costs = [[way.loss + price * way.size for way in ways] for ways in items]
         self._best = [
@@ -162,87 +174,112 @@ class _Core:
         ]
         least = math.fsum(own[best] for own, best in zip(costs, self._best, strict=True))
         self._bound = least - price * capacity
+        size = sum(ways[i].size for ways, i in zip(items, self._best, strict=True))
+        self._start = _State(size - capacity, 0.0, 0, ())
+        # By how much regret could still win over the best that is known, and what that best is.
+        self._gap = math.inf
+        self._winner: _Trail | None = None
 
     def solve(self, known: Sequence[Sequence[int]]) -> Packing:
         """The best packing; never worse than the `known` ones."""
         packings = [_packing(self._items, places, bound=self._bound) for places in known]
         best = min(packings, key=lambda p: (p.loss, p.size))
-        size = sum(ways[i].size for ways, i in zip(self._items, self._best, strict=True))
-        start = _State(size, 0.0, None, -1, -1)
-        gap = self._gap(best.loss)
-        winner, gap = self._improved([start], None, gap)
-        states = [start]
-        for item in self._order():
-            if gap <= 0.0:
-                break
-            states = self._taken_up(states, item, gap)
-            winner, gap = self._improved(states, winner, gap)
-            states = [state for state in states if state.regret < gap]
-        if winner is not None:
-            found = _packing(self._items, self._places(winner), bound=self._bound)
+        self._gap = best.loss - self._bound - _NEARLY * abs(self._bound)
+        exact = self._search()
+        if self._winner is not None:
+            found = _packing(self._items, self._places(self._winner), bound=self._bound)
             best = min(best, found, key=lambda p: (p.loss, p.size))
-        return best
+        return replace(best, bound=best.loss) if exact else best
 
-    def _gap(self, loss: float) -> float:
-        """How much regret could still win over a packing of that loss."""
-        return loss - self._bound - _NEARLY * abs(self._bound)
+    def _search(self) -> bool:
+        """Look for what is better than what is known. Whether nothing better can be left."""
+        moves = self._moves()
+        first, *rates = self._rates(moves)
+        states, exact = self._worth([self._start], first), True
+        for (item, own), rate in zip(moves, rates, strict=True):
+            if not states:
+                break
+            states = self._worth(self._taken_up(states, item, own), rate)
+            if len(states) > _STATES:
+                exact = False
+                if self._gap <= _NEAR * abs(self._bound):
+                    break
+                states = _thinned(states)
+        return exact
 
-    def _order(self) -> list[int]:
-        """Items with a choice, by how little it costs to choose otherwise."""
-        second = [
-            min((r for i, r in enumerate(own) if i != best), default=math.inf)
-            for own, best in zip(self._regrets, self._best, strict=True)
-        ]
-        return sorted((i for i, r in enumerate(second) if r < math.inf), key=lambda i: second[i])
-
-    def _improved(
-        self, states: Sequence[_State], winner: _State | None, gap: float
-    ) -> tuple[_State | None, float]:
-        """The best of the states that fit, if it is better than what is known, and the new gap."""
-        for state in states:
-            slack = self._capacity - state.size
-            if slack >= 0 and state.regret + self._price * slack < gap:
-                winner, gap = state, state.regret + self._price * slack
-        return winner, gap
-
-    def _taken_up(self, states: Sequence[_State], item: int, gap: float) -> list[_State]:
-        """The states with every choice for one more item, without those that another is better
-        than in size and loss."""
-        base = self._items[item][self._best[item]].size
-        grown = list(states)
-        for place, (way, regret) in enumerate(
-            zip(self._items[item], self._regrets[item], strict=True)
+    def _moves(self) -> list[tuple[int, list[_Move]]]:
+        """The items with a choice that may win, those first whose choice costs the least regret for
+        a byte: they are taken instead of others, or fill what is left."""
+        found = []
+        for item, (ways, regrets, best) in enumerate(
+            zip(self._items, self._regrets, self._best, strict=True)
         ):
-            if place != self._best[item]:
+            sizes = [way.size - ways[best].size for way in ways]
+            own = [_Move(s, r, i) for i, (s, r) in enumerate(zip(sizes, regrets, strict=True))]
+            own = [move for move in own if move.grows and move.regret < self._gap]
+            if own:
+                found.append((min(m.regret / abs(m.grows) for m in own), item, own))
+        return [(item, own) for _, item, own in sorted(found)]
+
+    def _rates(self, moves: Sequence[tuple[int, list[_Move]]]) -> list[tuple[float, float]]:
+        """For the items from each on: the least regret for a byte that is saved, and for one that
+        is filled or left empty."""
+        found = [(math.inf, self._price)]
+        for _, own in reversed(moves):
+            saved, filled = found[-1]
+            saved = min([saved, *(m.regret / -m.grows for m in own if m.grows < 0)])
+            filled = min([filled, *(m.regret / m.grows for m in own if m.grows > 0)])
+            found.append((saved, filled))
+        return found[::-1]
+
+    def _taken_up(self, states: list[_State], item: int, own: Sequence[_Move]) -> list[_State]:
+        """The states with every choice for one more item, the smallest first."""
+        grown, serial, gap = states.copy(), 0, self._gap
+        for grows, regret, place in own:
+            if regret < gap:
+                serial += len(states)
                 grown += [
-                    _State(s.size + way.size - base, s.regret + regret, s, item, place)
-                    for s in states
+                    _State(s.over + grows, s.regret + regret, serial + i, (item, place, s.trail))
+                    for i, s in enumerate(states)
                     if s.regret + regret < gap
                 ]
-        grown.sort(key=lambda s: (s.size, s.regret))
+        grown.sort()
+        return grown
+
+    def _worth(self, states: Sequence[_State], rate: tuple[float, float]) -> list[_State]:
+        """The states that may still win, without those that another is better than in size and
+        loss; what the best of them is, is remembered."""
+        saved, filled = rate
         kept: list[_State] = []
-        least = math.inf
-        for state in grown:
-            loss = state.regret - self._price * state.size
+        least, price = math.inf, self._price
+        for state in states:
+            over, regret, _, trail = state
+            loss = regret - price * over
             if loss < least:
                 least = loss
                 kept.append(state)
-        return kept if len(kept) <= _STATES else self._thinned(kept)
+                if over <= 0 and loss < self._gap:
+                    self._gap, self._winner = loss, trail
+        gap = self._gap
+        return [
+            s for s in kept if s.regret + (s.over * saved if s.over > 0 else -s.over * filled) < gap
+        ]
 
-    def _thinned(self, states: Sequence[_State]) -> list[_State]:
-        """The state of least regret for each of about `_STATES` ranges of sizes."""
-        low, high = states[0].size, states[-1].size
-        width = max(1, (high - low) // _STATES)
-        chosen: dict[int, _State] = {}
-        for state in states:
-            own = (state.size - low) // width
-            if own not in chosen or state.regret < chosen[own].regret:
-                chosen[own] = state
-        return list(chosen.values())
-
-    def _places(self, state: _State | None) -> list[int]:
+    def _places(self, trail: _Trail) -> list[int]:
         places = list(self._best)
-        while state is not None and state.before is not None:
-            places[state.item] = state.place
-            state = state.before
+        while trail:
+            item, place, trail = trail
+            places[item] = place
         return places
+
+
+def _thinned(states: Sequence[_State]) -> list[_State]:
+    """The state of least regret for each of about `_STATES` ranges of sizes."""
+    low, high = states[0].over, states[-1].over
+    width = max(1, (high - low) // _STATES)
+    chosen: dict[int, _State] = {}
+    for state in states:
+        own = (state.over - low) // width
+        if own not in chosen or state.regret < chosen[own].regret:
+            chosen[own] = state
+    return list(chosen.values())

@@ -113,11 +113,11 @@ def pooled(several: Iterable[Sums]) -> Sums:
     every = list(several)
     return Sums(
         count=sum(s.count for s in every),
-        reference_energy=math.fsum(s.reference_energy for s in every),
-        value_energy=math.fsum(s.value_energy for s in every),
-        product=math.fsum(s.product for s in every),
-        error_energy=math.fsum(s.error_energy for s in every),
-        error_sum=math.fsum(s.error_sum for s in every),
+        reference_energy=_total(s.reference_energy for s in every),
+        value_energy=_total(s.value_energy for s in every),
+        product=_total(s.product for s in every),
+        error_energy=_total(s.error_energy for s in every),
+        error_sum=_total(s.error_sum for s in every),
         max_abs_error=max((s.max_abs_error for s in every), default=0.0),
     )
 
@@ -129,20 +129,36 @@ def sums(reference: torch.Tensor, value: torch.Tensor) -> Sums:
     """
     assert reference.shape == value.shape
     flat_reference, flat_value = reference.reshape(-1), value.reshape(-1)
-    blocks = []
+    w2: list[float] = []
+    v2: list[float] = []
+    e2: list[float] = []
+    shift: list[float] = []
+    largest: list[float] = []
     for start in range(0, flat_reference.numel(), _BLOCK_ELEMENTS):
         w = flat_reference[start : start + _BLOCK_ELEMENTS].double()
         v = flat_value[start : start + _BLOCK_ELEMENTS].double()
         e = v - w
-        blocks.append(
-            Sums(
-                count=w.numel(),
-                reference_energy=float((w * w).sum()),
-                value_energy=float((v * v).sum()),
-                product=float((w * v).sum()),
-                error_energy=float((e * e).sum()),
-                error_sum=float(e.sum()),
-                max_abs_error=float(e.abs_().amax()),
-            )
-        )
-    return pooled(blocks)
+        w2.append(float((w * w).sum()))
+        v2.append(float((v * v).sum()))
+        e2.append(float((e * e).sum()))
+        shift.append(float(e.sum()))
+        largest.append(float(e.abs_().amax()))
+    energies = [_total(energy) for energy in (w2, v2, e2)]
+    return Sums(
+        count=flat_reference.numel(),
+        reference_energy=energies[0],
+        value_energy=energies[1],
+        # of e = v - w, so that the products need no pass of their own
+        product=(energies[0] + energies[1] - energies[2]) / 2,
+        error_energy=energies[2],
+        error_sum=_total(shift),
+        max_abs_error=max(largest, default=0.0),
+    )
+
+
+def _total(values: Iterable[float]) -> float:
+    """The sum; NaN where infinities of both signs meet."""
+    try:
+        return math.fsum(values)
+    except (ValueError, OverflowError):
+        return math.nan

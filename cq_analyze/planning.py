@@ -8,19 +8,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from cq.core import catalog
+from cq.core import catalog, comfy
 from cq.core.checkpoint import Checkpoint
 from cq.core.errors import PlanError
 from cq.core.formats import Format, loaded_by
 from cq.core.knowledge import AUTO
-from cq.core.recipe import Rule, load_recipe
+from cq.core.recipe import Rule
+from cq.core.recipe_file import load_recipe
 
 DEFAULT_FORMAT = "int8_tensorwise"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: a recipe is read once
 class Settings:
     """What is asked of the quantize stage; the fields are those of `cq_quant.quantize`. None and
     empty ones leave the choice to it."""
@@ -33,26 +35,31 @@ class Settings:
     recipe: str | os.PathLike[str] | Sequence[Rule] = ()
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
+    requantize: bool = False
     allow_custom_loader: bool = False
+
+    @cached_property
+    def rules(self) -> tuple[Rule, ...]:
+        """The recipe's rules. Raises: InputError for a recipe that is none."""
+        recipe = self.recipe
+        return load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
 
     @property
     def asked(self) -> bool:
         """Whether a plan is asked for, rather than merely one of the defaults."""
         chosen = (self.format, self.scaling, self.optimizer, self.rotate)
-        patterns = (self.recipe, self.only, self.skip)
-        return any(word is not None for word in chosen) or any(map(bool, patterns))
+        others = (self.recipe, self.only, self.skip, self.requantize)
+        return any(word is not None for word in chosen) or any(map(bool, others))
 
     def arguments(self) -> dict[str, Any]:
         """The quantize stage's arguments. Raises: InputError for a recipe that is none."""
-        recipe = self.recipe
-        rules = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
         return {
             "format": self.format or DEFAULT_FORMAT,
             "scaling": self.scaling,
             "optimizer": self.optimizer,
             "rotate": self.rotate or "auto",
             "family": self.family,
-            "rules": [rule.to_dict() for rule in rules],
+            "rules": [rule.to_dict() for rule in self.rules],
             "only": list(self.only),
             "skip": list(self.skip),
             "allow_custom_loader": self.allow_custom_loader,
@@ -64,14 +71,14 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
 
     Raises: PlanError or InputError as `cq quant` does.
     """
-    stage = catalog.load("stages", "quant").from_arguments(settings.arguments())
+    again = settings.requantize and bool(comfy.find_quantized(checkpoint))
+    arguments = settings.arguments() | ({"requantize": True} if again else {})
+    stage = catalog.load("stages", "quant").from_arguments(arguments)
     try:
-        found: Checkpoint = stage.apply(checkpoint)
+        found: Checkpoint = stage.again(checkpoint) if again else stage.apply(checkpoint)
     except PlanError as error:
         if error.code == "plan.already_quantized":
-            error.hint = (
-                "`cq analyze FILE` alone describes it; `cq quant FILE --requantize --dry-run` plans"
-            )
+            error.hint = "`cq analyze FILE` alone describes it; add `--requantize` for a plan"
         raise
     return found
 

@@ -33,6 +33,7 @@ def template(
     recipe: str | os.PathLike[str] | Sequence[Rule] = (),
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
+    requantize: bool = False,
     allow_custom_loader: bool = False,
 ) -> dict[str, Any]:
     """The recipe that says what `cq_quant.quantize` with these words would do, layer by layer.
@@ -51,6 +52,7 @@ def template(
         recipe=recipe,
         only=only,
         skip=skip,
+        requantize=requantize,
         allow_custom_loader=allow_custom_loader,
     )
     model = planned(checkpoint, settings)

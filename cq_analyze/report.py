@@ -6,37 +6,23 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+from cq.core import select
 from cq.core.dtypes import TensorSpec
 from cq.core.text import printable
+from cq_analyze import findings
 from cq_analyze.metrics import Sums, finite, pooled
+from cq_analyze.survival import Survival, together
+
+if TYPE_CHECKING:
+    from cq_analyze.images import Pictures
+    from cq_analyze.renders import Renders
 
 WORST_LAYERS = 10
 WORST_TENSORS = 5
 _NUMBER = re.compile(r"([0-9]{1,18})")
-_AGAIN = "quantize the original checkpoint again with `cq quant`"
-_MENDS = {
-    "marker.missing": f"{_AGAIN}, which writes a marker beside every quantized weight; or make this"
-    " one anew with `cq quant --requantize`",
-    "detection.packed": f"{_AGAIN}, which keeps such layers or takes a format that keeps the shape",
-    "embedding.format": f"{_AGAIN}, with `int8_tensorwise` or `float8_e4m3fn` for embedding tables",
-    "experts.format": f"{_AGAIN}, with a format that ComfyUI takes for stacked experts, such as"
-    " `int8_tensorwise`",
-    "experts.rotation": f"{_AGAIN}, which leaves stacked experts unrotated",
-    "names.diffusers": "quantize the checkpoint with the model's own names, as ComfyUI has it",
-    "header.invalid": "remove the metadata entry; the `comfy_quant` tensors say the same",
-    "header.disagrees": "remove the metadata entry `_quantization_metadata`; ComfyUI lets it"
-    " override the `comfy_quant` tensors",
-    "values.nonfinite": "mend or exchange the checkpoint that the tensor came from",
-    "values.unlike": "see that the reference is what the file was made from; if it is, the layer's"
-    f" scales or its rotation flag are lost: {_AGAIN}",
-    "reference.missing": "give the checkpoint that the file was made from, in the same naming",
-    "reference.shape": "give the checkpoint that the file was made from",
-    "reference.nonfinite": "mend or exchange the reference",
-    "bias.missing": "copy the bias from the reference; ComfyUI leaves a missing one uninitialized",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +54,7 @@ class Finding:
 
 def finding(name: str, layer: str | None, sentence: str, mend: str | None = None) -> Finding:
     """The finding `name`, with the usual advice for its kind unless `mend` gives another."""
-    return Finding(name=name, layer=layer, sentence=sentence, mend=mend or _MENDS.get(name, _AGAIN))
+    return Finding(name=name, layer=layer, sentence=sentence, mend=mend or findings.mend(name))
 
 
 def natural(name: str) -> tuple[str | int, ...]:
@@ -83,25 +69,30 @@ def natural(name: str) -> tuple[str | int, ...]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """A layer that says it is quantized. `format`, `weight` are None where the file does not tell;
-    `fidelity` where it was not measured."""
+    `fidelity` where it was not measured, `survival` without a base. `role` is what it is in its
+    model: `linear`, `embedding`, or what the family says."""
 
     layer: str
+    role: str
     format: str | None
     settings: Mapping[str, Any]
     weight: TensorSpec | None
     nbytes: int
     fidelity: Sums | None = None
+    survival: Survival | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
         return {
             "layer": self.layer,
+            "role": self.role,
             "format": self.format,
             "settings": dict(self.settings),
             "dtype": None if self.weight is None else self.weight.dtype,
             "shape": None if self.weight is None else list(self.weight.shape),
             "nbytes": self.nbytes,
             "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),
+            "survival": None if self.survival is None else self.survival.to_dict(),
         }
 
 
@@ -140,6 +131,21 @@ class Fidelity:
         inexact.sort(key=lambda layer: layer.fidelity.sqnr if layer.fidelity else 0.0)
         return tuple(inexact[:WORST_LAYERS])
 
+    @property
+    def roles(self) -> dict[str, Sums]:
+        """All layers of a role as one array, by role."""
+        roles = sorted({layer.role for layer in self.layers})
+        return {
+            role: pooled(x.fidelity for x in self.layers if x.role == role and x.fidelity)
+            for role in roles
+        }
+
+    @property
+    def survival(self) -> Survival | None:
+        """What remains of the change from the base, over all layers; None without a base."""
+        found = [layer.survival for layer in self.layers if layer.survival is not None]
+        return together(found) if found else None
+
     def _sums(self) -> list[Sums]:
         return [layer.fidelity for layer in self.layers if layer.fidelity is not None]
 
@@ -155,6 +161,8 @@ class Fidelity:
                 for layer in self.worst
                 if layer.fidelity is not None
             ],
+            "roles": {role: sums.to_dict() for role, sums in self.roles.items()},
+            "survival": None if self.survival is None else self.survival.to_dict(),
         }
 
 
@@ -203,12 +211,14 @@ class Unquantized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
-    """A limit that every quantized layer must keep, and the layers that do not, worst first."""
+    """A limit that every quantized layer, or every picture, must keep, and those that do not, worst
+    first. `of` is `layers` or `pictures`."""
 
     name: str
     limit: float
     measured: int
     failures: tuple[tuple[str, float], ...]
+    of: str = "layers"
 
     @property
     def holds(self) -> bool:
@@ -219,6 +229,7 @@ class Gate:
         """As plain JSON."""
         return {
             "name": self.name,
+            "of": self.of,
             "limit": self.limit,
             "holds": self.holds,
             "measured": self.measured,
@@ -256,28 +267,76 @@ class Report:
     """The result of `verify`. Layers and findings are in natural order of names, whatever computed
     them: equal checkpoints give equal reports.
 
-    `first_comfyui` is the first ComfyUI release that knows all formats, None without a format of
-    which that can be said; `custom_loaders` what the other formats need, by format.
+    `checkpoint` is None where only pictures were compared. `first_comfyui` is the first ComfyUI
+    release that knows all formats, None without a format of which that can be said;
+    `custom_loaders` what the other formats need, by format; `kitchen` the version of comfy-kitchen
+    that decoded the layers, too. `fail_on` are the patterns of the findings that count, None for
+    all; `history` are the
+    sources and stages that made the file, as its header has them.
     """
 
-    checkpoint: str
-    against: str | None
-    header_only: bool
-    tensors: int
-    nbytes: int
-    layers: tuple[Layer, ...]
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
+    checkpoint: str | None = None
+    against: str | None = None
+    base: str | None = None
+    header_only: bool = False
+    tensors: int = 0
+    nbytes: int = 0
+    layers: tuple[Layer, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+    kitchen: str | None = None
+    history: Mapping[str, Any] | None = None
     first_comfyui: str | None = None
     custom_loaders: Mapping[str, str] = field(default_factory=dict)
     fidelity: Fidelity | None = None
     unquantized: Unquantized | None = None
     gates: tuple[Gate, ...] = ()
+    fail_on: tuple[str, ...] | None = None
+    pictures: Pictures | None = None
+    renders: Renders | None = None
+
+    @property
+    def failing(self) -> tuple[Finding, ...]:
+        """The findings that count."""
+        if self.fail_on is None:
+            return self.findings
+        tests = [select.matcher(pattern) for pattern in self.fail_on]
+        return tuple(f for f in self.findings if any(test(f.name) for test in tests))
 
     @property
     def passed(self) -> bool:
-        """Whether there is no finding and every gate holds."""
-        return not self.findings and all(gate.holds for gate in self.gates)
+        """Whether no finding counts and every gate holds."""
+        return not self.failing and all(gate.holds for gate in self.gates)
+
+    def with_pictures(
+        self,
+        pictures: Pictures | None,
+        *,
+        renders: Renders | None = None,
+        min_psnr: float | None = None,
+    ) -> Report:
+        """The report with a comparison of pictures, and what is found in it."""
+        if pictures is None:
+            return self
+        found = replace(
+            self,
+            pictures=pictures,
+            renders=renders or self.renders,
+            findings=(*self.findings, *pictures.findings),
+            notes=(*self.notes, *pictures.notes),
+        )
+        if min_psnr is None:
+            return found
+        low = [(p.name, p.psnr) for p in pictures.pictures if not p.psnr >= min_psnr]
+        low.sort(key=lambda failure: failure[1])
+        gate = Gate(
+            name="min_psnr",
+            limit=min_psnr,
+            measured=len(pictures.pictures),
+            failures=tuple(low),
+            of="pictures",
+        )
+        return replace(found, gates=(*found.gates, gate))
 
     @property
     def formats(self) -> dict[str, int]:
@@ -293,16 +352,22 @@ class Report:
             "passed": self.passed,
             "checkpoint": self.checkpoint,
             "against": self.against,
+            "base": self.base,
+            "fail_on": None if self.fail_on is None else list(self.fail_on),
             "header_only": self.header_only,
             "tensors": self.tensors,
             "nbytes": self.nbytes,
             "formats": self.formats,
             "first_comfyui": self.first_comfyui,
             "custom_loaders": dict(self.custom_loaders),
+            "kitchen": self.kitchen,
             "findings": [found.to_dict() for found in self.findings],
             "gates": [gate.to_dict() for gate in self.gates],
             "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),
             "unquantized": None if self.unquantized is None else self.unquantized.to_dict(),
+            "pictures": None if self.pictures is None else self.pictures.to_dict(),
+            "renders": None if self.renders is None else self.renders.to_dict(),
             "layers": [layer.to_dict() for layer in self.layers],
+            "history": None if self.history is None else dict(self.history),
             "notes": list(self.notes),
         }

@@ -48,8 +48,10 @@ def check(path: Name, *, inputs: Iterable[SourceFile] = (), force: bool = False)
         )
 
 
-def save(text: str, path: Name, *, inputs: Iterable[SourceFile] = (), force: bool = False) -> None:
-    """Write `text` in UTF-8, under another name first.
+def save(
+    content: str | bytes, path: Name, *, inputs: Iterable[SourceFile] = (), force: bool = False
+) -> None:
+    """Write `content`, text in UTF-8, under another name first.
 
     Raises: as `check`; ResourceError if it cannot be written.
     """
@@ -58,8 +60,9 @@ def save(text: str, path: Name, *, inputs: Iterable[SourceFile] = (), force: boo
     partial = None
     try:
         handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:40]}.")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
+        raw = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
         Path(partial).chmod(0o666 & ~_umask())
         Path(partial).replace(target)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ Source: ComfyUI `comfy/utils.py:convert_old_quants` (the header form overrides m
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,15 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Format
+from cq.core.knowledge import Knowledge, know
 from cq.core.stored import Stored, is_code, is_scale
 from cq.core.text import printable
+from cq_analyze import placement
 from cq_analyze.report import Finding, finding, natural
 
 _MAX_MARKER_BYTES = 1 << 20
 _MARKER_LOCAL = comfy.MARKER.removeprefix(".")
 _LEGACY_SCALE = "scale_weight"
-_READ_IT = "`cq quant --requantize` reads it, and `cq quant --format bf16` makes it plain again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +67,9 @@ def examine(checkpoint: Checkpoint) -> Structure:
         for layer, own in names.items()
     }
     findings: list[Finding] = []
-    header = _header(checkpoint, findings)
+    known = know(checkpoint.specs)
     markers = _markers(checkpoint, findings)
+    header = _header(checkpoint, tensors, markers, findings)
     marked = []
     for layer in sorted({*markers, *header}, key=natural):
         own = {k: v for k, v in tensors.get(layer, {}).items() if k != _MARKER_LOCAL}
@@ -75,9 +78,10 @@ def examine(checkpoint: Checkpoint) -> Structure:
             findings.append(finding("header.disagrees", layer, fault))
         if layer in markers or "weight" in own:
             settings = header.get(layer, markers.get(layer))
-            marked.append(_marked(layer, settings, own, names[layer], findings))
+            marked.append(_marked(layer, settings, own, names[layer], known, findings))
     notes, unmarked = _unmarked(checkpoint, tensors, {m.layer for m in marked}, findings)
-    notes += _custom(marked)
+    notes += [*_custom(marked), *placement.unrotated(marked)]
+    findings += placement.incomplete(checkpoint, marked, known)
     if not marked and not unmarked:
         notes.insert(0, "the checkpoint is not quantized: no layer has a `comfy_quant` marker")
     model = comfy.diffusers_model(checkpoint.specs)
@@ -99,12 +103,35 @@ def examine(checkpoint: Checkpoint) -> Structure:
     )
 
 
-def _header(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, dict[str, Any]]:
+def _header(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Mapping[str, TensorSpec]],
+    markers: Mapping[str, object],
+    findings: list[Finding],
+) -> dict[str, dict[str, Any]]:
+    """The header's settings by the file's own names of layers, where it has a layer so."""
     try:
-        return comfy.header_layers(checkpoint.metadata)
+        header = comfy.header_layers(checkpoint.metadata)
     except InputError as error:
         findings.append(finding("header.invalid", None, error.message))
         return {}
+    if all(layer in tensors for layer in header):
+        return header
+    bare: dict[str, list[str]] = defaultdict(list)
+    for layer, own in tensors.items():
+        if "weight" in own:
+            bare[recipe.without_prefix(layer)].append(layer)
+    found = {}
+    for named, settings in header.items():
+        same = bare[recipe.without_prefix(named)]
+        layer = same[0] if named not in tensors and len(same) == 1 else named
+        found[layer] = settings
+        if layer != named and layer not in markers:
+            told = (
+                f"is marked by the header's entry `{printable(named)}` alone, under another prefix"
+            )
+            findings.append(finding("header.prefix", layer, told))
+    return found
 
 
 def _markers(checkpoint: Checkpoint, findings: list[Finding]) -> dict[str, dict[str, Any] | None]:
@@ -156,6 +183,7 @@ def _marked(
     settings: Mapping[str, Any] | None,
     own: Mapping[str, TensorSpec],
     names: Mapping[str, str],
+    known: Knowledge,
     findings: list[Finding],
 ) -> Marked:
     plug = None if settings is None else _format(layer, settings.get("format"), findings)
@@ -175,9 +203,7 @@ def _marked(
                 told = error.message.partition(" cannot be read: ")[2]
                 faults.append(finding("layer.unreadable", layer, f"cannot be decoded: {told}"))
         findings += faults
-        findings += [
-            finding(slug, layer, told) for slug, told in _misplaced(layer, plug, own, settings)
-        ]
+        findings += placement.misplaced(layer, plug, own, settings, known)
     return Marked(layer=layer, settings=settings or {}, specs=own, format=plug, stored=readable)
 
 
@@ -185,7 +211,7 @@ def _faults(
     layer: str, plug: Format, own: Mapping[str, TensorSpec], settings: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """What the format finds wrong; of stacked experts, in each of them."""
-    if not _stacked(layer, own):
+    if not placement.stacked(layer, own):
         return list(plug.check(own, settings))
     experts = own["weight"].shape[0]
     unstacked = [
@@ -198,32 +224,6 @@ def _faults(
         if local.startswith("weight") and spec.shape[:1] != (experts,)
     ]
     return unstacked or list(plug.check(stored.matrix_specs(own), settings))
-
-
-def _stacked(layer: str, own: Mapping[str, TensorSpec]) -> bool:
-    weight = own.get("weight")
-    return weight is not None and len(weight.shape) == 3 and recipe.has_role(layer, "experts")
-
-
-def _misplaced(
-    layer: str, plug: Format, own: Mapping[str, TensorSpec], settings: Mapping[str, Any]
-) -> list[tuple[str, str]]:
-    """Formats on layers where ComfyUI cannot take them, most often without a word."""
-    found = []
-    if recipe.has_role(layer, "detection") and not plug.keeps_shape:
-        told = f"is stored as `{plug.name}`, which may change its shape, by which ComfyUI tells the"
-        found.append(("detection.packed", f"{told} model"))
-    if recipe.has_role(layer, "embedding") and not plug.embeddings:
-        told = f"is an embedding table stored as `{plug.name}`, which ComfyUI takes for linear"
-        found.append(("embedding.format", f"{told} layers only"))
-    if _stacked(layer, own):
-        if not plug.experts:
-            told = f"holds stacked experts as `{plug.name}`, which ComfyUI does not take for them"
-            found.append(("experts.format", told))
-        elif plug.rotation == "optional" and settings.get("convrot"):
-            told = "holds stacked experts that are rotated; ComfyUI 0.33 drops their rotation flag"
-            found.append(("experts.rotation", told))
-    return found
 
 
 def _custom(marked: list[Marked]) -> list[str]:
@@ -239,7 +239,7 @@ def _custom(marked: list[Marked]) -> list[str]:
 def _format(layer: str, name: object, findings: list[Finding]) -> Format | None:
     if name is None:
         told = "has a marker without a `format`, which ComfyUI refuses"
-        findings.append(finding("marker.format", layer, told, mend=_READ_IT))
+        findings.append(finding("marker.format", layer, told))
         return None
     known = catalog.names("formats")
     if isinstance(name, str) and name in known:
@@ -248,7 +248,7 @@ def _format(layer: str, name: object, findings: list[Finding]) -> Format | None:
     shown, meant = printable(str(name)), stored.format_of(name)
     if meant is not None:
         told = f"has the format `{shown}`, another tool's word for `{meant}`, which ComfyUI does"
-        findings.append(finding("marker.format", layer, f"{told} not know", mend=_READ_IT))
+        findings.append(finding("marker.format", layer, f"{told} not know"))
     else:
         told = f"has the format `{shown}`, which this cq does not know"
         mend = select.nearest(shown, known)
@@ -288,7 +288,7 @@ def _unmarked(
             converted += 1
         elif legacy and _LEGACY_SCALE in own and weight.dtype == "F8_E5M2":
             told = "is a scaled F8_E5M2 weight of the old form, which ComfyUI reads as F8_E4M3"
-            findings.append(finding("weight.dtype", layer, told))
+            findings.append(finding("legacy.e5m2", layer, told))
         else:
             beside = f" beside `{scales[0]}`" if scales else ""
             told = f"stores {weight.dtype} codes{beside} but has no `comfy_quant` marker"

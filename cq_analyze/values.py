@@ -7,8 +7,9 @@ how near that is to a reference. Works part by part through the engine, in bound
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cq.core.checkpoint import Checkpoint, Part, Piece
@@ -19,10 +20,13 @@ from cq.core.engine import local
 from cq.core.rows import Rows
 from cq.core.source import largest_cut
 from cq.core.stored import Stored, is_scale, matrix_specs
+from cq_analyze.agreement import Agreement
+from cq_analyze.diagnosis import diagnose
 from cq_analyze.metrics import Sums, pooled, sums
 from cq_analyze.reference import Reference
 from cq_analyze.report import Comparison, Finding, finding
 from cq_analyze.structure import Structure
+from cq_analyze.survival import Survival, survival, together
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +44,7 @@ class Outcome:
     findings: tuple[Finding, ...] = ()
     layer: str | None = None
     fidelity: Sums | None = None
+    survival: Survival | None = None
     compared: tuple[Comparison, ...] = ()
 
 
@@ -56,10 +61,12 @@ def inspect(
     structure: Structure,
     reference: Reference | None,
     settings: local.Settings,
+    *,
+    base: Reference | None = None,
 ) -> list[Outcome]:
     """Read everything that has something to tell, once. The outcomes are in the order of the tasks,
     whichever worker was first."""
-    tasks = list(_tasks(checkpoint, structure, reference))
+    tasks = list(_tasks(checkpoint, structure, reference, base))
     outcomes: list[Outcome | None] = [None] * len(tasks)
 
     def work(job: local.Job) -> None:
@@ -71,12 +78,15 @@ def inspect(
 
 
 def _tasks(
-    checkpoint: Checkpoint, structure: Structure, reference: Reference | None
+    checkpoint: Checkpoint,
+    structure: Structure,
+    reference: Reference | None,
+    base: Reference | None,
 ) -> Iterator[_Task]:
     done: set[str] = set()
     for marked in structure.marked:
         if marked.stored is not None:
-            layer = _Layer(checkpoint, marked.stored, reference)
+            layer = _Layer(checkpoint, marked.stored, reference, base)
             task = layer.part()
             done.update(task.tensors)
             yield _Task(task, layer.inspect)
@@ -146,6 +156,7 @@ class _Layer:
     checkpoint: Checkpoint
     stored: Stored
     reference: Reference | None
+    base: Reference | None
 
     @property
     def _weight(self) -> str:
@@ -154,15 +165,15 @@ class _Layer:
     def part(self) -> Part:
         """The task as the engine sees it."""
         names = self.stored.names
-        found = None if self.reference is None else self.reference.find(self._weight)
         decoder = Decoder(self.checkpoint, self.stored, self.stored.shape)
-        # A decoded segment and what became of it, and the reference's share of it
+        # A decoded segment and what became of it, the share of it of comfy-kitchen, and those of
+        # the reference and the base
         elements = largest_cut(TensorSpec("F32", self.stored.shape))
-        nbytes = decoder.nbytes_peak + _BYTES_METRICS + 2 * 4 * elements
-        if self.reference is not None and found is not None:
-            nbytes += (
-                self.reference.nbytes_peak(found) + largest_cut(self.reference.spec(found)) * 8
-            )
+        nbytes = decoder.nbytes_peak + _BYTES_METRICS + 4 * 4 * elements
+        for other in (self.reference, self.base):
+            found = None if other is None else other.find(self._weight)
+            if other is not None and found is not None:
+                nbytes += other.nbytes_peak(found) + largest_cut(other.spec(found)) * 8
         return Part(
             tensors={name: self.stored.tensors[own] for own, name in names.items()},
             nbytes_peak=nbytes,
@@ -172,15 +183,29 @@ class _Layer:
     def inspect(self, job: local.Job) -> Outcome:
         """The scales, then the weight segment by segment."""
         layer = self.stored.layer
-        rows, shape, mismatch = self._counterpart()
-        decoder = Decoder(self.checkpoint, self.stored, shape)
+        found, shape, mismatch = self._counterpart()
+        agreement = Agreement(self.stored)
+        decoder = Decoder(self.checkpoint, self.stored, shape, agreement.see)
         segments, beside = decoder.read()
         faults = list(self._scale_faults(beside))
         if faults:
             return Outcome(findings=tuple(faults), layer=layer)
-        total, faults = self._decode(job, decoder.rows(segments, beside), rows)
-        faults += [] if mismatch is None else [mismatch]
-        return Outcome(findings=tuple(faults), layer=layer, fidelity=total)
+        comparison = _Comparison(self.reference, found, self._changed(shape, found))
+        for value in decoder.rows(segments, beside):
+            if job.stop.is_set():
+                raise local.Stop
+            comparison.add(value)
+        faults = [f for f in (comparison.fault(layer), mismatch, agreement.finding()) if f]
+        if comparison.unlike and found is not None and self.reference is not None:
+            rows = partial(self.reference.rows, found)
+            why = diagnose(self.checkpoint, self.stored, shape, rows)
+            faults = faults if why is None else [why, *faults[1:]]
+        return Outcome(
+            findings=tuple(faults),
+            layer=layer,
+            fidelity=comparison.fidelity,
+            survival=comparison.survival,
+        )
 
     def _scale_faults(self, beside: Mapping[str, torch.Tensor]) -> Iterator[Finding]:
         for own, whole in beside.items():
@@ -191,8 +216,8 @@ class _Layer:
                 if fault is not None:
                     yield fault
 
-    def _counterpart(self) -> tuple[Rows | None, tuple[int, ...], Finding | None]:
-        """The reference's rows of this weight, or why there are none to compare with; and the
+    def _counterpart(self) -> tuple[str | None, tuple[int, ...], Finding | None]:
+        """The reference's name for this weight, or why there is none to compare with; and the
         weight's shape, which the reference knows without padding."""
         layer, own = self.stored.layer, self.stored.shape
         if self.reference is None:
@@ -202,39 +227,85 @@ class _Layer:
             return None, own, finding("reference.missing", layer, "is not in the reference")
         spec = self.reference.spec(found)
         if spec.shape == own or _is_padded(self.stored, spec):
-            return self.reference.rows(found), spec.shape, None
+            return found, spec.shape, None
         told = f"has the shape {list(own)}, but {list(spec.shape)} in the reference"
         return None, own, finding("reference.shape", layer, told)
 
-    def _decode(
-        self, job: local.Job, segments: Iterable[torch.Tensor], rows: Rows | None
-    ) -> tuple[Sums | None, list[Finding]]:
-        """Look at every decoded segment; the sums against the reference, if there is one."""
-        nonfinite = 0
-        found: list[Sums] = []
-        for value in segments:
-            if job.stop.is_set():
-                raise local.Stop
-            nonfinite += _nonfinite(value)
-            if rows is not None:
-                found.append(sums(rows.like(value), value))
-        if nonfinite:
-            told = f"decodes to {nonfinite} values that are not finite"
-            return None, [finding("values.range", self.stored.layer, told)]
-        return (None, []) if rows is None else self._judged(pooled(found))
+    def _changed(self, shape: tuple[int, ...], found: str | None) -> Rows | None:
+        """The base's rows of this weight, if there is a reference that may have changed them."""
+        if self.base is None or found is None:
+            return None
+        name = self.base.find(self._weight)
+        if name is None or self.base.spec(name).shape != shape:
+            return None
+        return self.base.rows(name)
 
-    def _judged(self, total: Sums) -> tuple[Sums | None, list[Finding]]:
-        if not math.isfinite(total.reference_energy):
+
+class _Comparison:
+    """A decoded weight beside its reference and its base, segment by segment."""
+
+    def __init__(
+        self, reference: Reference | None, found: str | None, base: Rows | None = None
+    ) -> None:
+        rows = None if reference is None or found is None else reference.rows(found)
+        self._rows: Rows | None = rows
+        self._base = base
+        self._nonfinite = 0
+        self._sums: list[Sums] = []
+        self._survival: list[Survival] = []
+
+    def add(self, value: torch.Tensor) -> None:
+        """Look at the next segment."""
+        self._nonfinite += _nonfinite(value)
+        if self._rows is None:
+            return
+        other = self._rows.like(value)
+        self._sums.append(sums(other, value))
+        if self._base is not None:
+            self._survival.append(survival(self._base.like(value), other, value))
+
+    @property
+    def _total(self) -> Sums | None:
+        return pooled(self._sums) if self._sums else None
+
+    @property
+    def fidelity(self) -> Sums | None:
+        """The sums against the reference, if both are finite."""
+        total = self._total
+        if total is None or self._nonfinite or not math.isfinite(total.reference_energy):
+            return None
+        return total
+
+    @property
+    def survival(self) -> Survival | None:
+        """What remains of the change from the base to the reference, if there is one."""
+        if not self._survival or self.fidelity is None:
+            return None
+        return together(self._survival)
+
+    @property
+    def unlike(self) -> bool:
+        """Whether this is another weight than the reference's."""
+        total = self.fidelity
+        return total is not None and not total.relative_error <= _UNLIKE
+
+    def fault(self, layer: str) -> Finding | None:
+        """What is wrong with the values."""
+        if self._nonfinite:
+            told = f"decodes to {self._nonfinite} values that are not finite"
+            return finding("values.range", layer, told)
+        total = self._total
+        if total is not None and not math.isfinite(total.reference_energy):
             told = "has values in the reference that are not finite"
-            return None, [finding("reference.nonfinite", self.stored.layer, told)]
-        if total.relative_error <= _UNLIKE:
-            return total, []
+            return finding("reference.nonfinite", layer, told)
+        if total is None or not self.unlike:
+            return None
         cosine = "" if total.cosine is None else f", cosine {total.cosine:.3f}"
         told = (
             "decodes to something else than the reference's weight"
             f" (relative error {total.relative_error:.3g}{cosine})"
         )
-        return total, [finding("values.unlike", self.stored.layer, told)]
+        return finding("values.unlike", layer, told)
 
 
 def _is_padded(stored: Stored, reference: TensorSpec) -> bool:

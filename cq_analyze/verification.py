@@ -7,19 +7,23 @@ it was made from? Owns the order of the checks and the report that they add up t
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cq.core import comfy, recipe
+from cq.core import comfy, recipe, select
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import DTYPES
 from cq.core.engine import local
 from cq.core.errors import PlanError, UsageError
 from cq.core.formats import first_release, newest
+from cq.core.knowledge import Knowledge, know
+from cq.core.manifest import history
 from cq.core.source import check_unchanged
 from cq.core.stored import SMOOTHING, is_code
-from cq_analyze import structure, values
+from cq_analyze import agreement, structure, values
+from cq_analyze.findings import KINDS
 from cq_analyze.reference import Reference
 from cq_analyze.report import (
     Comparison,
@@ -42,8 +46,10 @@ def verify(
     checkpoint: Checkpoint,
     *,
     against: Checkpoint | None = None,
+    base: Checkpoint | None = None,
     min_sqnr: float | None = None,
     max_error: float | None = None,
+    fail_on: Sequence[str] | None = None,
     header_only: bool = False,
     workers: int | None = None,
     memory_limit: int | None = None,
@@ -53,21 +59,29 @@ def verify(
 
     Every way in which a checkpoint is not right is a finding, never an exception. `against` is the
     unquantized checkpoint; with it, weights are decoded and compared, and `min_sqnr` (in dB) and
-    `max_error` (a relative error) are limits that every quantized layer must keep. `header_only`
+    `max_error` (a relative error) are limits that every quantized layer must keep. `base` is what
+    `against` was merged from: it shows how much of the change survives. `fail_on` are patterns of
+    the names of findings that make the report fail, None for all of them. `header_only`
     looks at names, shapes and markers alone. The checkpoint need not be a file: what a stage
     promises is computed, measured and dropped, layer by layer, within `memory_limit` bytes.
 
-    Raises: UsageError for a gate without `against`, or either with `header_only`; PlanError if
-    `against` is quantized itself.
+    Raises: UsageError for a gate or a base without `against`, either with `header_only`, or a
+    pattern that no finding has; PlanError if `against` or `base` is quantized itself.
     """
-    _check_usage(against, min_sqnr, max_error, header_only)
-    if against is not None:
-        _refuse_quantized(against)
+    _check_usage(against, base, min_sqnr, max_error, header_only)
+    check_names(fail_on)
+    for other, word in ((against, "reference"), (base, "base")):
+        if other is not None:
+            _refuse_quantized(other, word)
     judged = structure.examine(checkpoint)
-    layers = [_layer(marked) for marked in judged.marked]
+    known = know(checkpoint.specs)
+    layers = [_layer(marked, known) for marked in judged.marked]
     report = Report(
         checkpoint=_shown(checkpoint),
         against=None if against is None else _shown(against),
+        base=None if base is None else _shown(base),
+        fail_on=None if fail_on is None else tuple(fail_on),
+        history=None if header_only else json.loads(history(checkpoint)),
         header_only=header_only,
         tensors=len(checkpoint.specs),
         nbytes=checkpoint.nbytes,
@@ -80,14 +94,21 @@ def verify(
     if header_only:
         return report
     reference = None if against is None else Reference(against)
+    origin = None if base is None else Reference(base)
     settings = local.Settings(workers=workers, memory_limit=memory_limit, on_progress=on_progress)
-    outcomes = values.inspect(checkpoint, judged, reference, settings)
-    check_unchanged((*checkpoint.inputs, *(() if against is None else against.inputs)))
-    measured = {o.layer: o.fidelity for o in outcomes if o.layer is not None}
-    layers = [dataclasses.replace(own, fidelity=measured.get(own.layer)) for own in layers]
+    decodes = any(marked.stored is not None for marked in judged.marked)
+    kitchen = agreement.version() if decodes else None  # imported here, not by several threads
+    outcomes = values.inspect(checkpoint, judged, reference, settings, base=origin)
+    others = [other for other in (against, base) if other is not None]
+    check_unchanged((*checkpoint.inputs, *(file for other in others for file in other.inputs)))
+    measured = {outcome.layer: outcome for outcome in outcomes if outcome.layer is not None}
+    layers = [_measured(own, measured.get(own.layer)) for own in layers]
     findings = [*judged.findings, *(found for outcome in outcomes for found in outcome.findings)]
     report = dataclasses.replace(
-        report, layers=tuple(layers), notes=(*judged.notes, *_unread(checkpoint, judged))
+        report,
+        layers=tuple(layers),
+        notes=(*judged.notes, *_unread(checkpoint, judged)),
+        kitchen=kitchen,
     )
     if reference is not None:
         findings += _lost_biases(judged, reference)
@@ -100,8 +121,20 @@ def verify(
     return dataclasses.replace(report, findings=_ordered(findings))
 
 
+def check_names(patterns: Sequence[str] | None) -> None:
+    """Raises: UsageError for a pattern that is the name of no finding."""
+    for pattern in patterns or ():
+        test = select.matcher(pattern)
+        if not any(test(name) for name in KINDS):
+            raise UsageError(
+                f"there is no finding `{pattern}`",
+                hint=select.nearest(pattern, tuple(KINDS)) or "docs/findings.md lists them",
+            )
+
+
 def _check_usage(
     against: Checkpoint | None,
+    base: Checkpoint | None,
     min_sqnr: float | None,
     max_error: float | None,
     header_only: bool,
@@ -110,6 +143,11 @@ def _check_usage(
         raise UsageError(
             "`--header-only` reads no weights, so there is nothing to compare with `--against`",
             hint="leave one of them out",
+        )
+    if base is not None and against is None:
+        raise UsageError(
+            "`--base` needs what was made of it",
+            hint="add `--against MERGED`, the unquantized checkpoint with the change",
         )
     for flag, limit, least in (("--min-sqnr", min_sqnr, -math.inf), ("--max-error", max_error, 0)):
         if limit is None:
@@ -123,11 +161,11 @@ def _check_usage(
             raise UsageError(f"`{flag}` cannot be {limit}")
 
 
-def _refuse_quantized(against: Checkpoint) -> None:
+def _refuse_quantized(against: Checkpoint, word: str) -> None:
     found = comfy.find_quantized(against)
     if found:
         raise PlanError(
-            f"the reference `{_shown(against)}` is quantized itself: {len(found)} layers,"
+            f"the {word} `{_shown(against)}` is quantized itself: {len(found)} layers,"
             f" such as `{found[0].layer}` (by its {found[0].evidence})",
             where=found[0].layer,
             hint="give the unquantized checkpoint; errors against rounded weights say little",
@@ -166,15 +204,24 @@ def _custom_loaders(judged: Structure) -> dict[str, str]:
     }
 
 
-def _layer(marked: Marked) -> Layer:
+def _layer(marked: Marked, known: Knowledge) -> Layer:
+    role = known.role(marked.layer)
+    apart = "embedding" if recipe.has_role(marked.layer, "embedding") else "linear"
     stored = {k: v for k, v in marked.specs.items() if is_code(k)}
     return Layer(
         layer=marked.layer,
+        role=apart if role is None else role.name,
         format=None if marked.format is None else marked.format.name,
         settings=marked.settings,
         weight=stored.get("weight"),
         nbytes=sum(spec.nbytes for spec in stored.values()),
     )
+
+
+def _measured(layer: Layer, outcome: Outcome | None) -> Layer:
+    if outcome is None:
+        return layer
+    return dataclasses.replace(layer, fidelity=outcome.fidelity, survival=outcome.survival)
 
 
 def _ordered(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -194,10 +241,13 @@ def _unread(checkpoint: Checkpoint, judged: Structure) -> list[str]:
 
 
 def _lost_biases(judged: Structure, reference: Reference) -> list[Finding]:
+    seen = {(found.name, found.layer) for found in judged.findings}
     return [
         finding("bias.missing", marked.layer, "has no bias, but the reference has one")
         for marked in judged.marked
-        if "bias" not in marked.specs and reference.find(f"{marked.layer}.bias") is not None
+        if "bias" not in marked.specs
+        and reference.find(f"{marked.layer}.bias") is not None
+        and ("bias.missing", marked.layer) not in seen
     ]
 
 

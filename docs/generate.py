@@ -1,4 +1,5 @@
-"""Writes what is generated from the code: `docs/reference/cli.md` and `completions/`.
+"""Writes what is generated from the code: `docs/reference/cli.md`, `docs/findings.md` and
+`completions/`.
 
 `--check` writes nothing and fails, naming the files, if any is out of date.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from cq.cli import complete, main
 from cq.cli.output import Terminal
 from cq.core import catalog
+from cq_analyze import findings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Help is wrapped to the terminal; the reference must not depend on whose.
@@ -53,6 +55,7 @@ def generated() -> dict[Path, str]:
         ROOT / "completions" / name: complete.script(shell, app)
         for shell, name in complete.SHELLS.items()
     }
+    files[ROOT / "docs" / "findings.md"] = findings.markdown()
     return {**files, ROOT / "docs" / "reference" / "cli.md": reference()}
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import cq
 import cq_analyze
 import cq_quant
-from cq.core import catalog, families, manifest
+from cq.core import catalog, families, manifest, sink
 from cq.core.checkpoint import Part
 from cq.core.dtypes import DTYPES, TensorSpec, spec_of
 from cq.core.errors import CqError, PlanError, UsageError
@@ -147,6 +147,30 @@ def test_a_plan_for_a_quantized_file_is_refused_as_quant_refuses_it(tmp_path: Pa
     path = packed(tmp_path, "int8_tensorwise")
     with pytest.raises(PlanError, match="is quantized already"):
         cq_analyze.analyze(cq.open(path), format="nvfp4")
+
+
+@pytest.mark.parametrize("words", [{}, {"format": "nvfp4", "skip": ["double_blocks.0.*"]}])
+def test_the_plan_of_requantizing_is_that_of_quant(tmp_path: Path, words: dict[str, Any]) -> None:
+    checkpoint = cq.open(packed(tmp_path, "int8_tensorwise"))
+    found = cq_analyze.analyze(checkpoint, requantize=True, **words)
+    expected = cq_quant.quantize(checkpoint, requantize=True, **words)
+    assert found.what == "quantized"
+    assert found.plan is not None
+    assert found.plan.decisions == expected.notes
+    assert found.plan.nbytes == sink.nbytes_file(expected)
+
+
+def test_requantizing_means_nothing_for_what_is_not_quantized(tmp_path: Path) -> None:
+    checkpoint = cq.open(make.save(tmp_path / "in.safetensors", make.model()))
+    plain, again = (cq_analyze.analyze(checkpoint, requantize=r) for r in (False, True))
+    assert plain.to_dict() == again.to_dict()
+
+
+def test_weights_are_not_measured_before_they_are_dequantized(tmp_path: Path) -> None:
+    done = run("analyze", packed(tmp_path, "nvfp4"), "--deep", "--requantize")
+    assert done.code == 2
+    assert "exclude each other" in done.err
+    assert "--format bf16" in done.err
 
 
 def test_an_unknown_model_gets_general_rules(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import cq_analyze
 import cq_quant
 from cq.core import sink
 from cq.core.errors import PlanError, UsageError
-from cq.core.recipe import Rule, load_recipe
+from cq.core.recipe import Rule
+from cq.core.recipe_file import load_recipe
 from cq_analyze import recipes, saving
 from cq_analyze.budget import Mixture, choose_formats
 from cq_analyze.deep import Measurements, measure
@@ -62,7 +63,36 @@ def test_pack_is_exact(items: list[list[Way]], spare: int) -> None:
     assert found is not None
     check(items, capacity, found)
     assert found.loss == pytest.approx(best, rel=1e-8, abs=1e-12)
-    assert found.bound <= best * (1 + 1e-8) + 1e-12
+    assert found.bound == found.loss, "it is known to be the best"
+
+
+def by_every_size(items: list[list[Way]], capacity: int) -> float:
+    """The least loss by dynamic programming over all sizes."""
+    least = [0.0] * (capacity + 1)
+    for ways in items:
+        least = [
+            min((least[c - w.size] + w.loss for w in ways if w.size <= c), default=math.inf)
+            for c in range(capacity + 1)
+        ]
+    return least[capacity]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.52, 0.7, 0.95])
+def test_pack_of_a_small_model_is_exact(share: float) -> None:
+    """Its few sizes leave much of some capacities unused, and greed far from the best."""
+    rng = random.Random(7)
+    formats = [(8, 0), (4, 5e-5), (4, 4e-5), (4, 7e-4), (3, 5e-3), (2, 6e-3), (2, 0.012)]
+    items = [
+        [Way(size * n, loss * rng.uniform(0.9, 1.1)) for n, loss in formats]
+        for size in (1, 3, 3, 4, 6, 2) * 4
+    ]
+    least, most = least_size(items), sum(ways[0].size for ways in items)
+    capacity = int(least + share * (most - least))
+    found = pack(items, capacity)
+    assert found is not None
+    check(items, capacity, found)
+    assert found.loss == pytest.approx(by_every_size(items, capacity), rel=1e-8)
+    assert found.bound == found.loss
 
 
 def greedy(items: list[list[Way]], capacity: int) -> float:
@@ -168,6 +198,48 @@ def test_budget_is_no_worse_than_any_single_format_of_the_size(digits: Measureme
         assert found.noise <= noise, name
         compared += 1
     assert compared >= 8
+
+
+def test_no_other_choice_of_formats_has_less_error_in_the_budget(tmp_path: Path) -> None:
+    """Every mixture of two formats is laid out as a file, and the best of those that fit taken."""
+    model = cq.open(make.save(tmp_path / "in.safetensors", make.model(blocks=2, dim=128)))
+    measured = measure(model, formats=["float8_e4m3fn", "nvfp4"], only=["*.mlp.*"])
+    ways = [[None, *(c for c in layer.costs if c.error)] for layer in measured.layers]
+    files = []
+    for choice in itertools.product(*ways):
+        rules = [
+            Rule.from_dict(
+                {"layers": layer.layer, "skip": True}
+                if cost is None
+                else {"layers": layer.layer, "format": cost.candidate.format, "reason": "r" * 12},
+                where="a rule",
+            )
+            for layer, cost in zip(measured.layers, choice, strict=True)
+        ]
+        noise = math.fsum(cost.noise for cost in choice if cost)
+        if any(choice):
+            made = cq_quant.quantize(model, recipe=rules, only=["*.mlp.*"])
+            files.append((sink.nbytes_file(made), noise))
+    compared = 0
+    for budget in range(min(files)[0] + 9_000, max(files)[0], 19_000):
+        found = choose_formats(measured, budget=budget)
+        # Without files so near the budget that a rule's words decide.
+        best = min(noise for nbytes, noise in files if nbytes <= budget - 1_000)
+        if best == min(noise for nbytes, noise in files if nbytes <= budget + 1_000):
+            assert found.noise == pytest.approx(best, rel=1e-9)
+            assert found.best
+            compared += 1
+    assert compared >= 5
+
+
+def test_what_a_budget_leaves_unused_has_a_reason(digits: Measurements) -> None:
+    found = choose_formats(digits, budget=5_442_124)
+    assert found.unused == 5_442_124 - found.nbytes > 0.01 * 5_442_124
+    assert found.best
+    code, _, told = run("template", processes.BASE, "--budget", "5442124B")
+    assert code == 0
+    assert "(1.9 %) of the budget are left: every choice of formats with less error" in told
+    assert choose_formats(digits, min_sqnr=30).unused == 0
 
 
 def test_budget_below_the_least_names_it(digits: Measurements) -> None:
@@ -304,6 +376,7 @@ def test_template_budget_is_what_the_library_chooses(digits: Measurements, tmp_p
     assert recipe.read_text() == recipes.text(found.to_dict()) + "\n"
     assert f"{found.nbytes} bytes" in told
     assert "or newer loads it" in told
+    assert "are left" not in told, "all but a little is used"
     code, _, told = run("quant", processes.BASE, "--recipe", recipe, "-o", out)
     assert code == 0, told
     assert out.stat().st_size == found.nbytes <= 4_500_000

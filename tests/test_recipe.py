@@ -19,10 +19,10 @@ from cq.core.recipe import (
     Rule,
     choose,
     has_role,
-    load_recipe,
     parse_only,
     without_prefix,
 )
+from cq.core.recipe_file import load_recipe
 
 LARGE = TensorSpec("BF16", (128, 128))
 

@@ -15,7 +15,7 @@ import cq_analyze
 import cq_quant
 from cq.core import catalog, select
 from cq.core.errors import PlanError, ResourceError
-from cq.core.recipe import load_recipe
+from cq.core.recipe_file import load_recipe
 from cq_analyze import recipes, saving
 from tests.processes import BASE
 from tests.test_architecture import check
@@ -195,6 +195,17 @@ def test_template_of_a_quantized_file_is_refused_as_quant_refuses_it(tmp_path: P
     written(BASE, tmp_path / "q.safetensors")
     with pytest.raises(PlanError, match="is quantized already"):
         cq_analyze.template(cq.open(tmp_path / "q.safetensors"))
+
+
+def test_template_of_requantizing_makes_the_bytes_of_requantizing(tmp_path: Path) -> None:
+    source, words = tmp_path / "q.safetensors", {"format": "nvfp4", "requantize": True}
+    written(BASE, source)
+    recipe = template(source, tmp_path / "layers.json", **words)
+    again = written(source, tmp_path / "b.safetensors", recipe=recipe, **words)
+    assert again == written(source, tmp_path / "a.safetensors", **words)
+    done = run("template", source, "--requantize", "--budget", "4MB")
+    assert done.code == 2
+    assert "exclude each other" in done.err
 
 
 def test_thousands_of_rules_are_matched_in_linear_time() -> None:

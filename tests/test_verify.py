@@ -213,7 +213,7 @@ def test_verify_knows_the_old_scaled_fp8_form(tmp_path: Path) -> None:
     }
     old = {**scaled, "scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
     report = verify(opened(tmp_path / "old.safetensors", old))
-    assert names(report) == [("weight.dtype", "b")]
+    assert names(report) == [("legacy.e5m2", "b")]
     assert "old `scaled_fp8` form" in report.notes[0]
     report = verify(opened(tmp_path / "unmarked.safetensors", scaled))
     assert names(report) == [("marker.missing", "a"), ("marker.missing", "b")]
@@ -440,7 +440,7 @@ def test_verify_says_how_to_read_what_only_other_tools_load(
     (found,) = verify(opened(tmp_path / "m.safetensors", tensors)).findings
     assert (found.name, found.layer) == ("marker.format", ROW)
     assert told in found.sentence
-    assert "--requantize" in found.mend and "--format bf16" in found.mend
+    assert "--migrate" in found.mend and "--requantize" in found.mend
 
 
 def test_verify_sees_codes_of_other_tools(tmp_path: Path) -> None:
@@ -601,7 +601,7 @@ def test_verify_decodes_as_the_header_says_where_it_overrides_markers(
 ) -> None:
     lost = header({ROTATED: {"format": "int8_tensorwise"}})
     report = verify(opened(tmp_path / "m.safetensors", quantized(), lost), against=original)
-    assert names(report) == [("header.disagrees", ROTATED), ("values.unlike", ROTATED)]
+    assert names(report) == [("convrot.lost", ROTATED), ("header.disagrees", ROTATED)]
 
 
 def test_verify_accepts_a_header_that_says_the_same_in_other_words(tmp_path: Path) -> None:
@@ -619,7 +619,8 @@ def test_verify_needs_the_reference_to_see_a_lost_rotation(
         )
         assert verify(broken).passed
         report = verify(broken, against=original)
-        assert names(report) == [("values.unlike", layer)]
+        assert names(report) == [("convrot.lost", layer)]
+        assert f"rotated in groups of {GROUPS[i]}," in report.findings[0].sentence
         found = next(found for found in report.layers if found.layer == layer)
         assert found.fidelity is not None and found.fidelity.sqnr < 6
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cq.core.errors import ResourceError
@@ -65,7 +66,7 @@ def _table() -> dict[str, DType]:
 DTYPES: dict[str, DType] = _table()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: sizes are computed once, of a spec that many tensors share
 class TensorSpec:
     """Dtype and shape of a tensor. A linear layer's weight has shape `(N out, K in)`.
 
@@ -76,22 +77,22 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements; 1 for a 0-d tensor."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size in bytes as stored."""
         return self.numel * DTYPES[self.dtype].bits // 8
 
-    @property
+    @cached_property
     def is_float(self) -> bool:
         """Whether the values are ordinary floating-point numbers (F16, BF16, F32, F64)."""
         return DTYPES[self.dtype].is_float
 
-    @property
+    @cached_property
     def row_numel(self) -> int:
         """Elements per row, a row being one index of dimension 0; 1 for a 0-d tensor."""
         return math.prod(self.shape[1:])

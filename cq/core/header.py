@@ -13,8 +13,9 @@ Source: https://github.com/huggingface/safetensors (`safetensors/src/tensor.rs`:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import orjson
 
@@ -25,10 +26,10 @@ from cq.core.text import printable
 MAX_HEADER_BYTES = 100_000_000  # safetensors refuses more, so a file beyond it loads nowhere
 _MAX_FILE_BYTES = 1 << 62  # offsets must fit a signed 64-bit file position
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+_Specs = dict[tuple[object, ...], TensorSpec]  # those that were met, by dtype and sizes
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor's place: its spec and its byte range, counted from the start of the data area."""
 
     spec: TensorSpec
@@ -111,8 +112,10 @@ def parse(raw: bytes, *, where: str, nbytes_file: int | None) -> Header:
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _invalid(where, "`__metadata__` is not an object of strings")
-    found = {name: _entry(name, value, where) for name, value in document.items()}
-    entries = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end, item[0])))
+    specs: _Specs = {}
+    found = [(name, _entry(name, value, where, specs)) for name, value in document.items()]
+    found.sort(key=lambda item: (item[1][1:], item[0]))
+    entries = dict(found)
     position = 0
     for name, entry in entries.items():
         if entry.start != position:
@@ -199,35 +202,49 @@ def _all_text(document: dict[str, object]) -> None:
     "".join(words).encode("utf-8")
 
 
-def _entry(name: str, value: object, where: str) -> Entry:
-    shown = printable(name)
+def _entry(name: str, value: object, where: str, specs: _Specs) -> Entry:
     if not isinstance(value, dict) or value.keys() != _ENTRY_KEYS:
-        raise _invalid(where, f"tensor `{shown}` must have exactly dtype, shape and data_offsets")
+        raise _bad(where, name, "must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _invalid(where, f"tensor `{shown}` has the unknown dtype `{printable(str(dtype))}`")
-    if not isinstance(shape, list) or not all(_is_size(d) for d in shape):
-        raise _invalid(where, f"tensor `{shown}` has a shape that is not a list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(o) for o in offsets):
-        raise _invalid(where, f"tensor `{shown}` has data_offsets that are not two byte positions")
+        raise _bad(where, name, f"has the unknown dtype `{printable(str(dtype))}`")
+    if not _are_sizes(shape):
+        raise _bad(where, name, "has a shape that is not a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _bad(where, name, "has data_offsets that are not two byte positions")
+    start, end = offsets
+    # Tensors by the thousand have the same spec: they share one, and what is computed of it.
+    spec = specs.get((dtype, *shape))
+    if spec is None:
+        spec = specs[dtype, *shape] = _spec(name, dtype, shape, where)
+    bits = spec.numel * DTYPES[dtype].bits
+    if bits % 8 or end - start != spec.nbytes:
+        raise _bad(
+            where,
+            name,
+            f"is {dtype}{shape}, which is {bits / 8:g} bytes, but its offsets span {end - start}",
+        )
+    return Entry(spec, start, end)
+
+
+def _spec(name: str, dtype: str, shape: list[int], where: str) -> TensorSpec:
     numel = 1
     for size in shape:
         numel *= size
         if numel > _MAX_FILE_BYTES:
-            raise _invalid(where, f"tensor `{shown}` has a shape whose size overflows")
-    bits = numel * DTYPES[dtype].bits
-    start, end = offsets
-    if bits % 8 or end - start != bits // 8:
-        raise _invalid(
-            where,
-            f"tensor `{shown}` is {dtype}{shape}, which is {bits / 8:g} bytes,"
-            f" but its offsets span {end - start}",
-        )
-    return Entry(TensorSpec(dtype, tuple(shape)), start, end)
+            raise _bad(where, name, "has a shape whose size overflows")
+    return TensorSpec(dtype, tuple(shape))
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_FILE_BYTES
+def _are_sizes(value: object) -> bool:
+    if type(value) is not list:
+        return False
+    # A list, since two generators for each tensor would take as long as all else here.
+    return not [s for s in value if type(s) is not int or not 0 <= s <= _MAX_FILE_BYTES]
+
+
+def _bad(where: str, name: str, what: str) -> InputError:
+    return _invalid(where, f"tensor `{printable(name)}` {what}")
 
 
 def _invalid(where: str, what: str) -> InputError:
@@ -242,22 +259,26 @@ def lay_out(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tup
     Tensors are ordered as safetensors orders them (dtype rank descending, then name), metadata by
     key. Equal arguments give equal bytes on every machine.
     """
-    ranks = {name: -dtype.rank for name, dtype in DTYPES.items()}
-    order = sorted(specs, key=lambda name: (ranks[specs[name].dtype], name.encode("utf-8")))
-    entries: dict[str, Entry] = {}
+    head = _head(specs, metadata)
+    return head, Header(
+        entries={name: Entry(spec, *span) for name, spec, span in _placed(specs)},
+        metadata=dict(sorted(metadata.items())),
+        data_start=len(head),
+        nbytes_data=total_nbytes(specs.values()),
+    )
+
+
+def nbytes_laid_out(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Size in bytes of the file that `lay_out` lays out."""
+    return len(_head(specs, metadata)) + total_nbytes(specs.values())
+
+
+def _head(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     document: dict[str, object] = {}
     if metadata:
         document["__metadata__"] = dict(sorted(metadata.items()))
-    position = 0
-    for name in order:
-        spec = specs[name]
-        start, position = position, position + spec.nbytes
-        entries[name] = Entry(spec, start, position)
-        document[name] = {
-            "dtype": spec.dtype,
-            "shape": spec.shape,
-            "data_offsets": (start, position),
-        }
+    for name, spec, span in _placed(specs):
+        document[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": span}
     raw = orjson.dumps(document)
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
@@ -267,13 +288,19 @@ def lay_out(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tup
             hint="remove metadata entries or split the checkpoint",
             code="input.header",
         )
-    head = len(raw).to_bytes(8, "little") + raw
-    return head, Header(
-        entries=entries,
-        metadata=dict(sorted(metadata.items())),
-        data_start=len(head),
-        nbytes_data=position,
-    )
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _placed(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, TensorSpec, tuple[int, int]]]:
+    """Every tensor in file order with its byte range."""
+    by_dtype: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        by_dtype.setdefault(spec.dtype, []).append(name)
+    position = 0
+    for dtype in sorted(by_dtype, key=lambda dtype: -DTYPES[dtype].rank):
+        for name in sorted(by_dtype[dtype]):  # as their bytes in UTF-8 are sorted
+            start, position = position, position + specs[name].nbytes
+            yield name, specs[name], (start, position)
 
 
 def total_nbytes(specs: Iterable[TensorSpec]) -> int:

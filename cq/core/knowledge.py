@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cq.core import families
-from cq.core.components import components
+from cq.core.components import Component, components
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import PlanError
 from cq.core.families import Detection, Match, Role
@@ -53,12 +53,6 @@ class Knowledge:
         found = self.of(layer)
         return None if found is None else found[0].family.reads_shape(found[1])
 
-    def complete(self, layer: str) -> bool:
-        """Whether the layer's model is a release that is known layer by layer, so that what its
-        family says nothing of is an ordinary layer."""
-        found = self.of(layer)
-        return found is not None and found[0].variant is not None
-
     def unloadable(self, layer: str) -> str | None:
         """Why ComfyUI would not load the layer quantized, in any format; None if it would."""
         found = self.of(layer)
@@ -89,27 +83,33 @@ class Knowledge:
         return f"the model is of no family that cq knows: {rules}"
 
 
-def know(specs: Mapping[str, TensorSpec], family: str = AUTO) -> Knowledge:
+def know(
+    specs: Mapping[str, TensorSpec],
+    family: str = AUTO,
+    *,
+    found: tuple[Component, ...] | None = None,
+) -> Knowledge:
     """What is known of the models in `specs`: found by their names and shapes with `auto`, nothing
-    with `none`, else the family, or old preset, of that name.
+    with `none`, else the family, or old preset, of that name. `found` are the components of
+    `specs`, if they are known already.
 
     Raises: PlanError for an unknown name, or a family with which the checkpoint has no layer in
     common.
     """
     if family == NONE:
         return Knowledge()
+    found = components(specs) if found is None else found
     if family != AUTO:
-        return Knowledge(matches=(_told(specs, family),))
-    found = components(specs)
+        return Knowledge(matches=(_told(specs, family, found),))
     return Knowledge(
         matches=tuple(c.detection.match for c in found if c.detection.match is not None),
         doubtful=tuple(c.detection for c in found if c.detection.answer == "ambiguous"),
     )
 
 
-def _told(specs: Mapping[str, TensorSpec], name: str) -> Match:
+def _told(specs: Mapping[str, TensorSpec], name: str, found: tuple[Component, ...]) -> Match:
     family = families.load(name)
-    sure = [m for c in components(specs) for m in c.detection.matches]
+    sure = [m for c in found for m in c.detection.matches]
     match = next((m for m in sure if m.family.name == family.name), None)
     if match is not None:
         return match._replace(family=family, variant=match.variant or name)

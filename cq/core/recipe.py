@@ -7,28 +7,23 @@ how: formats refuse shapes, optimizers round. The rules for models that nothing 
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
-from pathlib import Path
-from typing import Any
-
-import orjson
+from typing import Any, NamedTuple
 
 from cq.core import catalog, select
 from cq.core.comfy import WEIGHT
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import CqError, InputError, PlanError
+from cq.core.families import Match
 from cq.core.formats import Format
 from cq.core.knowledge import Knowledge
 from cq.core.text import printable
 
 NOTHING = Knowledge()
-_BACKSLASHES = "in JSON a backslash is written twice: `re:blocks\\\\.1\\\\.`"
 _SMALLEST_SIDE = 64
 _ADAPTER = re.compile(r"\.(lora_|lora\.|hada_|lokr_|oft_|dora_)")
 _BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -94,42 +89,6 @@ class Rule:
         return cls(pattern=pattern, skip=skip, settings=plain, reason=reason)
 
 
-def load_recipe(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
-    """The rules of a recipe file: `{"cq": 1, "kind": "recipe", "rules": [...]}`.
-
-    Raises: InputError if it cannot be read or is not a recipe.
-    """
-    shown = os.fspath(path)
-    try:
-        document = orjson.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"`{shown}` cannot be read: {error.strerror}") from error
-    except orjson.JSONDecodeError as error:
-        raise InputError(
-            f"`{shown}` is not JSON: {error}",
-            hint=_BACKSLASHES if "escape" in str(error) else None,
-            code="input.recipe",
-        ) from error
-    if not isinstance(document, dict) or document.get("kind") != "recipe":
-        raise InputError(
-            f"`{shown}` is not a recipe",
-            hint='a recipe begins {"cq": 1, "kind": "recipe", "rules": [',
-            code="input.recipe",
-        )
-    if document.get("cq") != 1 or type(document["cq"]) is not int:
-        raise InputError(
-            f"`{shown}` is a recipe of version {document.get('cq')!r}; this cq reads version 1",
-            hint="update cq",
-            code="input.version",
-        )
-    rules = document.get("rules")
-    if not isinstance(rules, list):
-        raise InputError(f"`{shown}` has no list of `rules`", code="input.recipe")
-    return tuple(
-        Rule.from_dict(rule, where=f"rule {i + 1} of `{shown}`") for i, rule in enumerate(rules)
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """What happens to one tensor: it is stored as `how` says, or kept (None) for a reason.
@@ -149,6 +108,18 @@ class Choice:
         return self.how is not None
 
 
+class _Traits(NamedTuple):
+    """What a layer's name alone tells: why ComfyUI would not load it quantized, why it had better
+    not be, and its roles."""
+
+    firm: str | None = None
+    advice: str | None = None
+    roles: frozenset[str] = frozenset()
+
+
+_ORDINARY = _Traits()
+
+
 @dataclass(frozen=True, slots=True)
 class _Keep:
     reason: str
@@ -158,51 +129,61 @@ class _Keep:
 
 @dataclass(frozen=True, slots=True)
 class _Generic:
-    prefixes: tuple[str, ...]
+    prefix: re.Pattern[str]
     rules: tuple[_Keep, ...]
-    any_rule: Callable[[str], bool]
     roles: Mapping[str, Callable[[str], bool]]
+    any: Callable[[str], bool]  # of the rules and roles
+
+    def traits(self, bare: str) -> _Traits:
+        """What the name of a layer, without prefix, tells."""
+        if not self.any(bare):  # most layers are ordinary: one test for all of them
+            return _ORDINARY
+        kept = [rule for rule in self.rules if rule.test(bare)]
+        return _Traits(
+            firm=next((rule.reason for rule in kept if rule.firm), None),
+            advice=next((rule.reason for rule in kept if not rule.firm), None),
+            roles=frozenset(role for role, test in self.roles.items() if test(bare)),
+        )
 
 
 @cache
 def _generic() -> _Generic:
     data: dict[str, Any] = catalog.load("models", "generic")
-
-    def test(patterns: Sequence[str]) -> Callable[[str], bool]:
-        return select.any_matcher(patterns)
-
+    test = select.any_matcher
+    every = [*data["roles"].values(), *(rule["patterns"] for rule in data["keep"])]
     return _Generic(
-        tuple(data["prefixes"]),
+        re.compile("|".join(map(re.escape, data["prefixes"]))),
         tuple(
             _Keep(rule["reason"], rule.get("firm", False), test(rule["patterns"]))
             for rule in data["keep"]
         ),
-        lru_cache(maxsize=1 << 16)(
-            test([pattern for rule in data["keep"] for pattern in rule["patterns"]])
-        ),
         {role: test(patterns) for role, patterns in data["roles"].items()},
+        test([pattern for patterns in every for pattern in patterns]),
     )
 
 
 @lru_cache(maxsize=1 << 16)
+def _traits(layer: str) -> _Traits:
+    return _generic().traits(without_prefix(layer))
+
+
 def without_prefix(layer: str) -> str:
     """The layer's name without the prefix under which checkpoints nest a model.
 
     >>> without_prefix("model.diffusion_model.img_in")
     'img_in'
     """
-    prefix = next((p for p in _generic().prefixes if layer.startswith(p)), "")
-    return layer.removeprefix(prefix)
+    prefix = _generic().prefix.match(layer)
+    return layer if prefix is None else layer[prefix.end() :]
 
 
-@lru_cache(maxsize=1 << 16)
 def has_role(layer: str, role: str) -> bool:
     """Whether the layer is one that ComfyUI treats apart: `embedding`, `experts`, `detection`.
 
     >>> has_role("model.layers.0.mlp.experts", "experts"), has_role("img_in", "detection")
     (True, True)
     """
-    return _generic().roles[role](without_prefix(layer))
+    return role in _traits(layer).roles
 
 
 def parse_only(text: str) -> tuple[str, str | None]:
@@ -257,22 +238,23 @@ def choose(
                 continue
             if how is not None:
                 how, reason, named = default, "all tensors", False
+        weight = specs[name]
         if how is not None:
-            weight = specs[name]
-            obstacle = _impossible(layer, weight, casts=_casts(how))
-            if obstacle is None and not _casts(how):
-                obstacle = known.unloadable(layer)
-            advice = None if _casts(how) or obstacle else _advice(layer, weight, how, known)
+            obstacle, advice = _objections(layer, weight, how, known)
             if advice is not None and named and not reason.endswith(advice):
                 reason = f"{reason}, in spite of: {advice}"
             elif advice is not None and not named:
                 obstacle = advice
             if obstacle is None:
-                with _told_where(reason if named else None):
+                try:
                     refusal = refuse(layer, weight, how)
+                except CqError as error:  # settings that do not go together
+                    if named:
+                        error.message += f" (asked for by {reason})"
+                    raise
                 obstacle = None if refusal is None else f"the format refuses it: {refusal}"
             how, reason = (None, obstacle) if obstacle is not None else (how, reason)
-        choices.append(Choice(name=name, layer=layer, weight=specs[name], how=how, reason=reason))
+        choices.append(Choice(name=name, layer=layer, weight=weight, how=how, reason=reason))
     if not any(choice.quantize for choice in choices):
         raise PlanError(
             "there is no layer to quantize",
@@ -337,17 +319,6 @@ def _meant(default: How, settings: Mapping[str, str]) -> How:
     return How(**settings)  # the default's settings are not meant for another format
 
 
-@contextmanager
-def _told_where(rule: str | None) -> Iterator[None]:
-    """Adds the rule to an error about settings that do not go together."""
-    try:
-        yield
-    except CqError as error:
-        if rule is not None:
-            error.message += f" (asked for by {rule})"
-        raise
-
-
 def _see_once(patterns: Sequence[str]) -> None:
     """Raise for a pattern that stands twice: only the first would count."""
     twice = next((pattern for pattern, n in Counter(patterns).items() if n > 1), None)
@@ -403,6 +374,20 @@ def _why_nothing(choices: Sequence[Choice]) -> str:
     return f"{told}. name layers with `--only PATTERN`"
 
 
+def _objections(
+    layer: str, weight: TensorSpec, how: How, known: Knowledge
+) -> tuple[str | None, str | None]:
+    """Why the layer cannot be stored so; and if it can, why it had better not be."""
+    casts = _casts(how)
+    obstacle = _impossible(layer, weight, casts=casts)
+    if obstacle is not None or casts:
+        return obstacle, None
+    model = known.of(layer)
+    if model is not None and model[0].family.unloadable is not None:
+        return model[0].family.unloadable, None
+    return None, _advice(layer, weight, how, model)
+
+
 def _impossible(layer: str, spec: TensorSpec, *, casts: bool) -> str | None:
     if not spec.is_float:
         return f"its weight is {spec.dtype}, quantized already or no weight at all"
@@ -411,17 +396,18 @@ def _impossible(layer: str, spec: TensorSpec, *, casts: bool) -> str | None:
     stacked = len(spec.shape) == 3 and has_role(layer, "experts")
     if len(spec.shape) != 2 and not stacked:
         return f"its weight is {len(spec.shape)}-D; only linear layers are quantized"
-    return _kept(layer, firm=True)
+    return _traits(layer).firm
 
 
-def _advice(layer: str, spec: TensorSpec, how: How, known: Knowledge) -> str | None:
+def _advice(layer: str, spec: TensorSpec, how: How, model: tuple[Match, str] | None) -> str | None:
     if has_role(layer, "embedding"):
         return "an embedding table, not a linear layer"
-    role = known.role(layer)
+    role = None if model is None else model[0].family.role(model[1])
     if role is not None and (role.name == "keep" or (role.name == "modulation" and _few_bits(how))):
         return role.reason
-    if not known.complete(layer):
-        general = _kept(layer, firm=False)
+    # In a release that is known layer by layer, what its family says nothing of is ordinary.
+    if model is None or model[0].variant is None:
+        general = _traits(layer).advice
         if general is not None:
             return general
         if not _BLOCK.search(without_prefix(layer)):
@@ -438,13 +424,3 @@ def _few_bits(how: How) -> bool:
     sample = TensorSpec("F32", (1024, 1024))
     stored = plug.tensors(sample, how.scaling or plug.scalings[0])["weight"]
     return stored.nbytes < sample.numel
-
-
-def _kept(layer: str, *, firm: bool) -> str | None:
-    bare, generic = without_prefix(layer), _generic()
-    if not generic.any_rule(bare):  # most layers have none: one test for all of them
-        return None
-    return next(
-        (rule.reason for rule in generic.rules if rule.firm == firm and rule.test(bare)),
-        None,
-    )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cq.core.components import Component
     from cq.core.families import Match
     from cq_analyze.adapters import AdapterFile
+    from cq_analyze.calibrations import CalibrationFile
     from cq_analyze.description import Analysis, Plan, Quantized
 
 _MOST_FINDINGS = 10
@@ -39,6 +40,7 @@ def register(app: typer.Typer) -> None:
         recipe: plan.Recipe = None,
         only: plan.Only = None,
         skip: plan.Skip = None,
+        requantize: plan.Requantize = False,
         allow_custom_loader: plan.AllowCustomLoader = False,
         deep: deeply.Deep = False,
         among: deeply.Among = None,
@@ -72,6 +74,7 @@ def register(app: typer.Typer) -> None:
                 among=among,
                 allow_custom_loader=allow_custom_loader,
             )
+            deeply.refuse_requantizing("`--deep`", requantize=requantize)
         else:
             words = {"--among": among, "--metric": metric, "--sort": sort, "--report": report}
             more = {"--force": force, "--workers": workers, "--memory-limit": memory_limit}
@@ -89,6 +92,7 @@ def register(app: typer.Typer) -> None:
             recipe=recipe or (),
             only=only or (),
             skip=skip or (),
+            requantize=requantize,
             allow_custom_loader=allow_custom_loader,
         )
         costs = None
@@ -134,6 +138,9 @@ def show(found: Analysis) -> None:
     if found.adapter is not None:
         for line in _adapter(found.adapter):
             here.data(line)
+    if found.calibration is not None:
+        for line in _calibration(found.calibration):
+            here.data(line)
     if found.plan is not None:
         _show_plan(found.plan)
     elif found.unplanned is not None:
@@ -152,6 +159,8 @@ def _heading(found: Analysis) -> Iterator[str]:
 def _what(found: Analysis) -> str:
     if found.adapter is not None:
         return " and ".join(found.adapter.kinds) + " adapter"
+    if found.calibration is not None:
+        return "calibration"
     models = " and ".join(_title(match) for match in found.known.matches)
     doubts = [" or ".join(_title(m) for m in d.matches) for d in found.known.doubtful]
     told = [*filter(None, [models]), *(f"ambiguous: {doubt}" for doubt in doubts)]
@@ -186,7 +195,7 @@ def _amounts(found: Analysis) -> Iterator[tuple[str, ...]]:
     from cq_analyze.inventory import ROLES
 
     whole = max(1, found.inventory.total.nbytes)
-    if found.adapter is None:
+    if found.adapter is None and found.calibration is None:
         for name, amount in found.inventory.roles.items():
             yield _amount(ROLES[name], amount, whole)
     for name, amount in found.inventory.dtypes.items():
@@ -301,6 +310,23 @@ def _adapter(found: AdapterFile) -> Iterator[str]:
     others = [kind for kind in found.kinds if kind not in found.merges]
     if others:
         yield f"`cq merge` does not merge {' or '.join(others)}"
+
+
+def _calibration(found: CalibrationFile) -> Iterator[str]:
+    def spread(span: tuple[int, int]) -> str:
+        return f"{span[0]}" if span[0] == span[1] else f"{span[0]} to {span[1]}"
+
+    columns = ", ".join(f"{count} of {columns}" for columns, count in found.columns.items())
+    yield f"\n{found.layers} layers with {found.inputs} different inputs; features: {columns}"
+    yield (
+        f"rows: {spread(found.rows)}, and at least {found.held_rows} held back;"
+        f" directions: {spread(found.ranks)}"
+    )
+    if found.few:
+        some = ", ".join(f"`{printable(name, 60)}`" for name in found.few[:2])
+        yield f"few rows, less than two for each feature: {len(found.few)} layers, such as {some}"
+    fits = " or ".join(found.fits[:_MOST_FITS])
+    yield f"fits {fits} by its layers' names" if fits else "fits no family that cq knows"
 
 
 def _spread(counts: Mapping[Any, int]) -> str:

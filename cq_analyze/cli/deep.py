@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from cq_analyze.deep import Cost, MeasuredLayer, Measurements
     from cq_analyze.description import Analysis
 
+_UNUSED = 0.01  # so much of a budget left calls for a reason
+
 Deep = Annotated[
     bool, typer.Option("--deep", help="Read the weights: outliers, and what each format costs.")
 ]
@@ -82,6 +84,15 @@ def refuse_with(chosen: str, given: dict[str, Any]) -> None:
             )
 
 
+def refuse_requantizing(chosen: str, *, requantize: bool) -> None:
+    """Weights are measured as they are stored. Raises: UsageError for `--requantize`."""
+    if requantize:
+        raise UsageError(
+            f"`--requantize` and {chosen} exclude each other",
+            hint="undo the quantization first: `cq quant FILE --format bf16 -o PLAIN`",
+        )
+
+
 def measured(
     checkpoint: Checkpoint,
     command: str,
@@ -96,7 +107,7 @@ def measured(
     memory_limit: str | None,
 ) -> Measurements:
     """What `cq_analyze.measure` finds, with progress on stderr."""
-    from cq.core.recipe import load_recipe
+    from cq.core.recipe_file import load_recipe
     from cq_analyze.deep import measure
 
     with options.terminal().progress(command) as progress:
@@ -236,3 +247,11 @@ def tell(found: Mixture) -> None:
         f"template: the file will have {found.nbytes} bytes ({size(found.nbytes)}){worst},"
         f" and {loaders} loads it"
     )
+    if found.budget is not None and found.unused >= _UNUSED * found.budget:
+        why = (
+            "every choice of formats with less error takes more"
+            if found.best
+            else "nothing better was found that takes more of it"
+        )
+        share = f"{100 * found.unused / found.budget:.1f} %"
+        here.say(f"template: {size(found.unused)} ({share}) of the budget are left: {why}")

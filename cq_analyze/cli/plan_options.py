@@ -51,6 +51,9 @@ Skip = Annotated[
     list[str] | None,
     typer.Option("--skip", metavar="PATTERN", help="Keep these layers; repeatable."),
 ]
+Requantize = Annotated[
+    bool, typer.Option("--requantize", help="Plan to dequantize a quantized checkpoint first.")
+]
 AllowCustomLoader = Annotated[
     bool,
     typer.Option("--allow-custom-loader", help="Allow formats that no released ComfyUI loads."),

@@ -25,6 +25,7 @@ def register(app: typer.Typer) -> None:
         recipe: plan.Recipe = None,
         only: plan.Only = None,
         skip: plan.Skip = None,
+        requantize: plan.Requantize = False,
         allow_custom_loader: plan.AllowCustomLoader = False,
         budget: deep.Budget = None,
         min_sqnr: deep.MinSqnr = None,
@@ -62,6 +63,7 @@ def register(app: typer.Typer) -> None:
                     "--rotate": rotate,
                 },
             )
+            deep.refuse_requantizing("`--budget` or `--min-sqnr`", requantize=requantize)
         else:
             deep.refuse_without(
                 "`--budget` or `--min-sqnr`",
@@ -96,6 +98,7 @@ def register(app: typer.Typer) -> None:
                 recipe=recipe or (),
                 only=only or (),
                 skip=skip or (),
+                requantize=requantize,
                 allow_custom_loader=allow_custom_loader,
             )
         if output is None or output == "-":

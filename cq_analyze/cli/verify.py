@@ -1,22 +1,20 @@
-"""`cq verify`: options to `verify`, and its report as text."""
+"""`cq verify`: options to `verify` and to the comparison of pictures."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cq.cli import options
-from cq.cli.output import size
 from cq.core.errors import UsageError
+from cq_analyze.cli import verify_options as asked
+from cq_analyze.cli import verify_text
 
 if TYPE_CHECKING:
-    from cq_analyze.metrics import Sums
-    from cq_analyze.report import Finding, Gate, Report
-
-_SHOWN_FAILURES = 10
+    from cq.core.checkpoint import Checkpoint
+    from cq_analyze.report import Report
 
 
 def register(app: typer.Typer) -> None:
@@ -50,124 +48,137 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--header-only", help="Look at names, shapes and markers only."),
         ] = False,
+        base: asked.Base = None,
+        fail_on: asked.FailOn = None,
+        images: asked.Images = None,
+        contact_sheet: asked.Sheet = None,
+        min_psnr: asked.MinPsnr = None,
+        comfyui: asked.Comfyui = None,
+        workflow: asked.WorkflowFile = None,
+        reference_name: asked.ReferenceName = None,
+        model_name: asked.ModelName = None,
+        prompts: asked.Prompts = None,
+        sizes: asked.Sizes = None,
+        batch_sizes: asked.Batches = None,
+        seeds: asked.Seeds = None,
+        timeout: asked.Timeout = 600.0,
+        report: asked.ReportFile = None,
+        junit: asked.Junit = None,
+        force: options.Force = False,
         workers: options.Workers = None,
         memory_limit: options.MemoryLimit = None,
     ) -> int:
         """Check that ComfyUI can load a quantized checkpoint, and measure what quantizing cost.
 
-        With --against it reports each layer's SQNR, relative error and cosine. Exits 1 if there is
-        a finding or a limit is not kept.
+        With --against it reports each layer's SQNR, relative error and cosine; with --images or
+        --comfyui it compares pictures. Exits 1 if there is a finding or a limit is not kept.
 
         \b
           cq verify out.safetensors --against flux.safetensors --min-sqnr 28
           cq quant flux.safetensors --defer | cq verify --against flux.safetensors
+          cq verify out.safetensors --against merged.safetensors --base flux.safetensors
+          cq verify --images before/ after/ --min-psnr 30 --contact-sheet sheet.png
         """
-        from cq_analyze.verification import verify as verify_checkpoint
-
         here = options.terminal()
-        if against == "-" and quantized in {None, "-"}:
-            raise UsageError("stdin cannot be both the checkpoint and the reference")
-        checkpoint = options.open_input(quantized, what="QUANT")
-        reference = None if against is None else options.open_input(against, what="REF")
-        with here.progress("verify") as progress:
-            report = verify_checkpoint(
-                checkpoint,
-                against=reference,
-                min_sqnr=min_sqnr,
-                max_error=max_error,
-                header_only=header_only,
-                workers=workers,
-                memory_limit=options.parse_size(memory_limit),
-                on_progress=progress.on_progress,
-            )
+        asked.check_usage(
+            images=images,
+            comfyui=comfyui,
+            workflow=workflow,
+            contact_sheet=contact_sheet,
+            min_psnr=min_psnr,
+            reference_name=reference_name,
+            model_name=model_name,
+            prompts=prompts,
+            sizes=sizes,
+            batch_sizes=batch_sizes,
+            seeds=seeds,
+        )
+        checkpoint, reference, origin = _inputs(
+            quantized, against, base, only_pictures=images is not None or comfyui is not None
+        )
+        asked.check_files([report, junit, contact_sheet], force=force)
+        models = None
+        if comfyui is not None:
+            models = asked.names(quantized, against, model_name, reference_name)
+        compare_pictures = asked.pictures_plan(
+            images,
+            comfyui,
+            workflow,
+            models=models,
+            prompt_file=prompts,
+            size_list=sizes,
+            batch_list=batch_sizes,
+            seed_list=seeds,
+            timeout=timeout,
+        )
+        limits = {"--min-sqnr": min_sqnr, "--max-error": max_error, "--header-only": header_only}
+        found = _verified(
+            checkpoint,
+            limits,
+            against=reference,
+            base=origin,
+            fail_on=fail_on or None,
+            workers=workers,
+            memory_limit=options.parse_size(memory_limit),
+        )
+        pictures, renders = compare_pictures()
+        found = found.with_pictures(pictures, renders=renders, min_psnr=min_psnr)
+        asked.write_reports(
+            found, html=report, junit=junit, contact_sheet=contact_sheet, force=force
+        )
         if here.json:
-            here.document(report.to_dict())
+            here.document(found.to_dict())
         else:
-            _show(report)
-        return 0 if report.passed else 1
+            verify_text.show(found)
+        return 0 if found.passed else 1
 
 
-def _show(report: Report) -> None:
-    here = options.terminal()
-    formats = ", ".join(f"{n} layers of `{name}`" for name, n in report.formats.items())
-    here.data(
-        f"{report.checkpoint}: {report.tensors} tensors, {size(report.nbytes)},"
-        f" {formats or 'not quantized'}"
-    )
-    needed = [] if report.first_comfyui is None else [f"ComfyUI {report.first_comfyui} or newer"]
-    needed += [f"{loader} for `{name}`" for name, loader in report.custom_loaders.items()]
-    if needed:
-        here.data(f"needs {' and '.join(needed)}")
-    for note in report.notes:
-        here.data(f"note: {note}")
-    if report.fidelity is not None:
-        here.data("")
-        here.table(
-            ("worst layers", "SQNR dB>", "relative error>", "cosine>", "max error>"),
-            [
-                *(
-                    _row(layer.layer, layer.fidelity)
-                    for layer in report.fidelity.worst
-                    if layer.fidelity
-                ),
-                _row(f"all {len(report.fidelity.layers)} layers", report.fidelity.overall),
-            ],
+def _inputs(
+    quantized: str | None, against: str | None, base: str | None, *, only_pictures: bool
+) -> tuple[Checkpoint | None, Checkpoint | None, Checkpoint | None]:
+    """The checkpoint, its reference and its base. With pictures to compare there need be none: a
+    checkpoint that is piped in is then named `-`."""
+    piped = [path for path in (against, base) if path == "-"]
+    piped += ["-"] if quantized == "-" or (quantized is None and not only_pictures) else []
+    if len(piped) > 1:
+        raise UsageError("stdin cannot be both the checkpoint and the reference")
+    checkpoint = None
+    if quantized is not None or not only_pictures:
+        checkpoint = options.open_input(quantized, what="QUANT")
+    reference = None if against is None else options.open_input(against, what="REF")
+    return checkpoint, reference, None if base is None else options.open_input(base, what="BASE")
+
+
+def _verified(
+    checkpoint: Checkpoint | None,
+    limits: Mapping[str, float | bool | None],
+    *,
+    against: Checkpoint | None,
+    base: Checkpoint | None,
+    fail_on: list[str] | None,
+    workers: int | None,
+    memory_limit: int | None,
+) -> Report:
+    from cq_analyze.report import Report
+    from cq_analyze.verification import check_names
+    from cq_analyze.verification import verify as verify_checkpoint
+
+    if checkpoint is None:
+        for name, value in limits.items():
+            if value is not None and value is not False:
+                raise UsageError(f"`{name}` needs a checkpoint", hint="name it as QUANT")
+        check_names(fail_on)
+        return Report(fail_on=None if fail_on is None else tuple(fail_on))
+    with options.terminal().progress("verify") as progress:
+        return verify_checkpoint(
+            checkpoint,
+            against=against,
+            base=base,
+            min_sqnr=limits["--min-sqnr"],
+            max_error=limits["--max-error"],
+            fail_on=fail_on,
+            header_only=bool(limits["--header-only"]),
+            workers=workers,
+            memory_limit=memory_limit,
+            on_progress=progress.on_progress,
         )
-    if report.unquantized is not None:
-        kept = report.unquantized
-        here.data(
-            f"\nnot quantized: {kept.same} tensors equal the reference's,"
-            f" {len(kept.changed)} differ, {kept.only_here} are only here,"
-            f" {kept.only_in_reference} only in the reference"
-        )
-    for line in _verdict(report):
-        here.data(line)
-
-
-def _row(name: str, sums: Sums) -> tuple[str, ...]:
-    if sums.exact:
-        return name, "exact", "0", "1", "0"
-    cosine = "" if sums.cosine is None else f"{sums.cosine:.6f}"
-    return (
-        name,
-        f"{sums.sqnr:.2f}",
-        f"{sums.relative_error:.5f}",
-        cosine,
-        f"{sums.max_abs_error:.3g}",
-    )
-
-
-def _verdict(report: Report) -> Iterator[str]:
-    for name, found in _by_name(report.findings).items():
-        yield ""
-        for one in found[:_SHOWN_FAILURES]:
-            yield f"{name}: {one}"
-        if len(found) > _SHOWN_FAILURES:
-            yield f"{name}: {len(found) - _SHOWN_FAILURES} more like these"
-        yield f"  what to do: {found[0].mend}"
-    for gate in report.gates:
-        yield from _gate(gate)
-    if not report.findings and not report.gates:
-        yield "\nnothing to find fault with" + (" in the header" if report.header_only else "")
-
-
-def _by_name(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
-    grouped: dict[str, list[Finding]] = {}
-    for found in findings:
-        grouped.setdefault(found.name, []).append(found)
-    return grouped
-
-
-def _gate(gate: Gate) -> Iterator[str]:
-    name = "--" + gate.name.replace("_", "-")
-    if gate.holds:
-        yield f"\n{name} {gate.limit:g}: kept by all {gate.measured} layers"
-        return
-    if not gate.measured:
-        yield f"\n{name} {gate.limit:g}: not kept, as there is no quantized layer to measure"
-        return
-    yield f"\n{name} {gate.limit:g}: not kept by {len(gate.failures)} of {gate.measured} layers"
-    for layer, value in gate.failures[:_SHOWN_FAILURES]:
-        yield f"  `{layer}`: {'infinite' if math.isinf(value) else f'{value:.4g}'}"
-    if len(gate.failures) > _SHOWN_FAILURES:
-        yield f"  and {len(gate.failures) - _SHOWN_FAILURES} more"
