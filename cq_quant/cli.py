@@ -19,6 +19,47 @@ if TYPE_CHECKING:
 _COLUMNS = ("layers>", "layer", "becomes", "rotation>", "saves>", "reason")
 
 
+_Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Round by what the layers' inputs are like, as `cq.calibration` recorded it.",
+    ),
+]
+_CalibrationLora = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration-lora",
+        metavar="FILE[:WEIGHT]",
+        help="Count what this LoRA reads among the inputs; repeatable.",
+    ),
+]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="OPTIMIZER.NAME=NUMBER",
+        help="Set a number of an optimizer, as in quip.damp=0.1; repeatable.",
+    ),
+]
+_Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Of what an optimizer draws.", min=0)
+]
+_NativeNames = Annotated[
+    bool,
+    typer.Option("--native-names", help="Give layers named as in diffusers the model's own names."),
+]
+_SaveQuantMetadata = Annotated[
+    bool,
+    typer.Option("--save-quant-metadata", help="Write the markers to the header as well."),
+]
+_AllowCustomLoader = Annotated[
+    bool,
+    typer.Option("--allow-custom-loader", help="Allow formats that no released ComfyUI loads."),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
@@ -91,16 +132,13 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--requantize", help="Dequantize a quantized checkpoint first."),
         ] = False,
-        allow_custom_loader: Annotated[
-            bool,
-            typer.Option(
-                "--allow-custom-loader", help="Allow formats that no released ComfyUI loads."
-            ),
-        ] = False,
-        save_quant_metadata: Annotated[
-            bool,
-            typer.Option("--save-quant-metadata", help="Write the markers to the header as well."),
-        ] = False,
+        allow_custom_loader: _AllowCustomLoader = False,
+        save_quant_metadata: _SaveQuantMetadata = False,
+        native_names: _NativeNames = False,
+        calibration: _Calibration = None,
+        calibration_lora: _CalibrationLora = None,
+        settings: _Settings = None,
+        seed: _Seed = 0,
         output: options.Output = None,
         defer: Annotated[
             bool, typer.Option("--defer", help="Pass on a manifest instead of writing a file.")
@@ -110,6 +148,7 @@ def register(app: typer.Typer) -> None:
         dry_run: options.DryRun = False,
         workers: options.Workers = None,
         memory_limit: options.MemoryLimit = None,
+        engine: options.Engine = "local",
     ) -> int:
         """Quantize the linear layers of a checkpoint so that ComfyUI loads it natively.
 
@@ -121,10 +160,13 @@ def register(app: typer.Typer) -> None:
         \b
           cq quant flux.safetensors
           cq merge flux.safetensors style.safetensors:0.8 | cq quant -o out.safetensors
+          cq quant flux.safetensors --format nvfp4 --calibration flux.calib.safetensors
           cq quant flux.safetensors --only '*.img_mlp.*=nvfp4' --only 'single_blocks.*' --dry-run
         """
         from cq.cli.deliver import Delivery, deliver
         from cq.core.knowledge import know
+        from cq.core.native import NativeNames
+        from cq_quant.guidance import parse_setting
         from cq_quant.stage import quantize
 
         if defer and output is not None:
@@ -145,7 +187,13 @@ def register(app: typer.Typer) -> None:
             requantize=requantize,
             allow_custom_loader=allow_custom_loader,
             save_quant_metadata=save_quant_metadata,
+            native_names=native_names,
+            calibration=calibration,
+            calibration_loras=calibration_lora or (),
+            settings=dict(map(parse_setting, settings or ())),
+            seed=seed,
         )
+        known = know((NativeNames().apply(source) if native_names else source).specs, family)
         named = output is not None
         if output is None and not defer:
             output = default_output(checkpoint)
@@ -159,9 +207,10 @@ def register(app: typer.Typer) -> None:
                 dry_run=dry_run,
                 workers=workers,
                 memory_limit=limit,
+                engine=engine,
             ),
             command="quant",
-            remarks=[know(source.specs, family).remark(), *_remarks(checkpoint)],
+            remarks=[known.remark(), *_remarks(checkpoint)],
             columns=_COLUMNS,
             rows=_rows(checkpoint.notes),
         )
@@ -192,13 +241,22 @@ def _remarks(checkpoint: Checkpoint) -> list[str]:
     told = ", ".join(f"{count} {name}" for name, count in formats.most_common())
     plugs = [catalog.load("formats", name) for name in formats]
     releases = [n["first_comfyui"] for n in chosen if n["first_comfyui"] is not None]
+    guided = sum("calibration" in n for n in chosen)
     casts = all(plug.casts for plug in plugs)
     what = "tensors are cast" if casts else "layers are quantized"
     return [
         f"{len(chosen)} {what} ({told}), {kept} are kept as they are;"
         f" {loaded_by(plugs, releases)} loads the result",
         *(f"{note} ({count} layers)" for note, count in notes.items()),
+        *([_guidance(guided, len(chosen))] if guided else []),
     ]
+
+
+def _guidance(guided: int, chosen: int) -> str:
+    if guided == chosen:
+        return f"the calibration guides all {chosen} layers"
+    others = "the others are rounded as without one"
+    return f"the calibration guides {guided} of {chosen} layers; {others}"
 
 
 def _rows(notes: Any) -> Iterator[tuple[str, ...]]:

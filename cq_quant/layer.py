@@ -7,7 +7,7 @@ takes. Torch only inside parts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,11 @@ from cq.core import comfy, rotation
 from cq.core.checkpoint import Checkpoint, Part, Piece, constant_part
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
-from cq.core.formats import Format
-from cq.core.rounding import stored_tensors
+from cq.core.formats import Format, first_release
+from cq.core.rounding import Fit, stored_tensors
 from cq.core.source import cuts, largest_cut
-from cq_quant.optimizers import Optimizer
+from cq_quant.guidance import Guide
+from cq_quant.optimizers import Optimizer, Task
 
 if TYPE_CHECKING:
     import torch
@@ -31,87 +32,182 @@ _BYTES_ROWS, _BYTES_ROTATION, _BYTES_CODES = 4, 4 + 4, 2
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerPlan:
     """How one tensor is stored: the plugs and their settings, resolved. `group` is the rotation
-    group; `search` asks for scales of least error."""
+    group; `search` asks for scales of least error; `options` are the numbers that a user set of the
+    optimizer."""
 
     format: Format
     scaling: str
     optimizer: Optimizer | None
     group: int | None
     search: bool
+    options: Mapping[str, float] = field(default_factory=dict, hash=False)
+    seed: int = 0
 
 
-@dataclass(frozen=True)  # no slots: what follows from the fields is found once
-class Layer:
-    """The tensor `name` of a checkpoint, on its way to what `plan` says."""
+@dataclass(frozen=True, eq=False)  # no slots: what follows from the fields is found once
+class Kind:
+    """What layers have in common whose weights have one spec and are stored by one plan: of the
+    thousands of layers of a model there are a few kinds. `largest` is the largest rotation group
+    that was asked for, 0 for none."""
 
-    source: Checkpoint
-    name: str
+    weight: TensorSpec
     plan: LayerPlan
-
-    @cached_property
-    def weight(self) -> TensorSpec:
-        """The tensor as it is."""
-        return self.source.specs[self.name]
+    largest: int
 
     @cached_property
     def matrix(self) -> TensorSpec:
-        """One weight matrix of it: the tensor itself, or an expert's share of stacked ones."""
+        """One weight matrix: the weight itself, or an expert's share of stacked ones."""
         weight = self.weight
         stacked = len(weight.shape) == 3 and not self.plan.format.casts
         return TensorSpec(weight.dtype, weight.shape[1:]) if stacked else weight
 
-    @cached_property
+    @property
     def experts(self) -> int | None:
         """The number of stacked matrices, None for a plain weight."""
         return None if self.matrix is self.weight else self.weight.shape[0]
 
-    def tensors(self) -> Mapping[str, TensorSpec]:
-        """Specs of the stored tensors by full name, without the marker."""
-        return self._tensors
+    @cached_property
+    def stored(self) -> Mapping[str, TensorSpec]:
+        """Specs of the stored tensors by local name, without the marker."""
+        plan = self.plan
+        found = plan.format.tensors(self.matrix, plan.scaling)
+        if self.experts is None:
+            return found
+        return {n: TensorSpec(spec.dtype, (self.experts, *spec.shape)) for n, spec in found.items()}
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is stored otherwise than it is."""
+        return self.stored != {"weight": self.weight}
 
     @cached_property
-    def _tensors(self) -> dict[str, TensorSpec]:
-        plan = self.plan
-        if plan.format.casts:
-            return {self.name: plan.format.tensors(self.weight, plan.scaling)["weight"]}
-        stack = () if self.experts is None else (self.experts,)
-        stored = plan.format.tensors(self.matrix, plan.scaling)
-        return {
-            f"{self._layer}.{own}": TensorSpec(spec.dtype, (*stack, *spec.shape))
-            for own, spec in stored.items()
-        }
-
-    def marker(self) -> dict[str, Any]:
-        """The layer's `comfy_quant` settings; empty for a plain dtype."""
+    def marker(self) -> Mapping[str, Any]:
+        """The `comfy_quant` settings; empty for a plain dtype."""
         plan = self.plan
         if plan.format.casts:
             return {}
         settings = plan.format.marker(self.matrix, plan.scaling, plan.group)
         return settings if self.experts is None else {**settings, "num_experts": self.experts}
 
-    def parts(self) -> list[Part]:
-        """The stored tensors as a part, and the marker as another."""
-        tensors = self.tensors()
-        produce = self._cast if self.plan.format.casts else self._quantize
-        found = [Part(tensors=tensors, nbytes_peak=self._nbytes_peak(tensors), produce=produce)]
-        settings = self.marker()
-        if settings:
-            marker = comfy.marker_bytes(settings)
-            found.append(constant_part(self._layer + comfy.MARKER, marker))
-        return found
+    @cached_property
+    def marker_bytes(self) -> bytes:
+        """The marker's text, empty without one."""
+        return comfy.marker_bytes(self.marker) if self.marker else b""
 
-    def _nbytes_peak(self, tensors: Mapping[str, TensorSpec]) -> int:
-        source = 2 * self.source.part(self.name).nbytes_peak
+    @cached_property
+    def nbytes_work(self) -> int:
+        """Memory that a layer takes at most, besides what its source holds."""
         if self.plan.format.casts:
-            return source + 2 * largest_cut(self.weight) * 8
-        beside = 2 * sum(s.nbytes for name, s in tensors.items() if name != self.name)
+            return 2 * largest_cut(self.weight) * 8
+        beside = 2 * sum(spec.nbytes for own, spec in self.stored.items() if own != "weight")
         grid = self.plan.format.grid(self.matrix, self.plan.scaling)
         if grid is None:  # the format takes the whole weight, and may copy it as it likes
-            return source + beside + self.matrix.numel * 16
+            return beside + self.matrix.numel * 16
         work = _BYTES_ROWS + _BYTES_CODES + grid.nbytes_work
         work += _BYTES_ROTATION if self.plan.group is not None else 0
         held = 0 if self.experts is None else self.matrix.numel * (_BYTES_ROWS + _BYTES_CODES)
-        return source + beside + largest_cut(self.matrix) * work + held
+        return beside + self._weights_together(0) * work + held + self.nbytes_rounding(0)
+
+    def nbytes_guided(self, rank: int) -> int:
+        """What is added to `nbytes_work` if moments guide the rounding, of `rank` directions."""
+        grid = self.plan.format.grid(self.matrix, self.plan.scaling)
+        work = _BYTES_ROWS + _BYTES_CODES + (0 if grid is None else grid.nbytes_work)
+        more = self._weights_together(rank) - self._weights_together(0)
+        return more * work + self.nbytes_rounding(rank) - self.nbytes_rounding(0)
+
+    def together(self, rank: int) -> int:
+        """Row segments that are rounded at a time, with so many directions of moments."""
+        optimizer = self.plan.optimizer
+        return 1 if optimizer is None else optimizer.segments(largest_cut(self.matrix), rank)
+
+    def _weights_together(self, rank: int) -> int:
+        return min(self.matrix.numel, self.together(rank) * largest_cut(self.matrix))
+
+    def nbytes_rounding(self, rank: int) -> int:
+        """Memory that the optimizer takes at most, beside rows, scales and codes of a segment."""
+        optimizer, columns = self.plan.optimizer, self.matrix.shape[-1]
+        if optimizer is None:
+            return 0
+        return optimizer.nbytes_work(columns, rank, self._weights_together(rank))
+
+    @cached_property
+    def decision(self) -> Mapping[str, Any]:
+        """What a report tells of such a layer, an ordinary one: no embedding table."""
+        plan = self.plan
+        return {
+            "format": plan.format.name,
+            "first_comfyui": self.first_release(embedding=False),
+            "scaling": plan.scaling,
+            "optimizer": None if plan.optimizer is None else plan.optimizer.name,
+            "rotation": plan.group,
+            "note": self._remark(),
+            "nbytes_after": sum(spec.nbytes for spec in self.stored.values()),
+        }
+
+    def first_release(self, *, embedding: bool) -> str | None:
+        """The first ComfyUI release that reads such a layer; None if none does."""
+        return first_release(
+            self.plan.format,
+            embedding=embedding,
+            experts=self.experts is not None,
+            rotated=self.plan.group is not None,
+        )
+
+    def _remark(self) -> str | None:
+        plan, largest = self.plan, self.largest
+        if plan.optimizer is None:
+            return None
+        if self.experts is not None and largest and plan.group is None:
+            return (
+                "stacked experts are not rotated, since ComfyUI drops the rotation's flag for them"
+            )
+        if largest and plan.group != largest:
+            group = plan.group
+            instead = "is not rotated" if group is None else f"takes rotation group {group}"
+            return f"K={self.matrix.shape[-1]} is not a multiple of {largest}, so it {instead}"
+        return plan.optimizer.note
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The tensor `name` of a checkpoint, on its way to what its kind's plan says."""
+
+    source: Checkpoint
+    name: str
+    kind: Kind
+    guide: Guide | None = None
+
+    @property
+    def plan(self) -> LayerPlan:
+        """How it is stored."""
+        return self.kind.plan
+
+    @property
+    def matrix(self) -> TensorSpec:
+        """One weight matrix of it."""
+        return self.kind.matrix
+
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Specs of the stored tensors by full name, without the marker."""
+        if self.plan.format.casts:
+            return {self.name: self.kind.stored["weight"]}
+        layer = self._layer
+        return {f"{layer}.{own}": spec for own, spec in self.kind.stored.items()}
+
+    def marker(self) -> Mapping[str, Any]:
+        """The layer's `comfy_quant` settings; empty for a plain dtype."""
+        return self.kind.marker
+
+    def parts(self) -> list[Part]:
+        """The stored tensors as a part, and the marker as another."""
+        nbytes_peak = 2 * self.source.part(self.name).nbytes_peak + self.kind.nbytes_work
+        if self.guide is not None:
+            nbytes_peak += self.kind.nbytes_guided(self.guide.rank)
+        produce = self._cast if self.plan.format.casts else self._quantize
+        found = [Part(tensors=self.tensors(), nbytes_peak=nbytes_peak, produce=produce)]
+        if self.kind.marker_bytes:
+            found.append(constant_part(self._layer + comfy.MARKER, self.kind.marker_bytes))
+        return found
 
     def _cast(self) -> Iterator[Piece]:
         """The tensor in another dtype, piece by piece."""
@@ -131,23 +227,30 @@ class Layer:
             yield Piece(self.name, piece.start, value)
 
     def _quantize(self) -> Iterator[Piece]:
-        if self.experts is None:
+        if self.kind.experts is None:
             starts: dict[str, int] = {}
-            for own, tensor in self._stored(self._source_segments):
+            fit = self._fit(self._source_segments)
+            for own, tensor in self._stored(self._source_segments, fit):
                 start = starts.get(own, 0)
                 yield Piece(f"{self._layer}.{own}", start, tensor)
                 starts[own] = start + (tensor.shape[0] if tensor.ndim else 1)
             return
+        # With a moment, which all experts share, nothing is asked of the rows beforehand.
+        guided = None if self.guide is None else self._fit(lambda: iter(()))
         for index, matrix in enumerate(self._matrices()):
-            yield from self._expert(index, matrix)
+            yield from self._expert(index, matrix, guided)
 
-    def _expert(self, index: int, matrix: torch.Tensor) -> Iterator[Piece]:
+    def _expert(self, index: int, matrix: torch.Tensor, fit: Fit | None) -> Iterator[Piece]:
         """The stored tensors of one of the stacked matrices, each with a leading 1."""
         import torch
 
         spans = list(cuts(self.matrix))
+
+        def segments() -> Iterator[torch.Tensor]:
+            return (matrix[start:stop] for start, stop in spans)
+
         found: dict[str, list[torch.Tensor]] = {}
-        for own, tensor in self._stored(lambda: (matrix[a:b] for a, b in spans)):
+        for own, tensor in self._stored(segments, fit or self._fit(segments)):
             found.setdefault(own, []).append(tensor)
         for own, tensors in found.items():
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -160,19 +263,35 @@ class Layer:
     def _source_segments(self) -> Iterator[torch.Tensor]:
         return (piece.tensor for piece in self.source.pieces(self.name))
 
+    def _fit(self, segments: Callable[[], Iterator[torch.Tensor]]) -> Fit:
+        """What rounds rows of the layer."""
+        plan, guide = self.plan, self.guide
+        assert plan.optimizer is not None
+        rows, columns = self.matrix.shape
+        task = Task(
+            shape=(rows, columns),
+            rows=lambda: self._rows(segments),
+            options=plan.options,
+            seed=plan.seed,
+        )
+        if guide is not None:
+            moment, held = guide.moments(plan.group)
+            task = replace(task, moment=moment, held=held, tell=guide.tell())
+        return plan.optimizer.prepare(task)
+
     def _stored(
-        self, segments: Callable[[], Iterator[torch.Tensor]]
+        self, segments: Callable[[], Iterator[torch.Tensor]], fit: Fit
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The stored tensors of one matrix by local name, row segments of the weight first."""
         plan = self.plan
-        assert plan.optimizer is not None
         return stored_tensors(
             plan.format,
             self.matrix,
             plan.scaling,
             lambda: self._rows(segments),
-            plan.optimizer.fit,
+            fit,
             search=plan.search,
+            together=self.kind.together(0 if self.guide is None else self.guide.rank),
         )
 
     def _rows(self, segments: Callable[[], Iterator[torch.Tensor]]) -> Iterator[torch.Tensor]:

@@ -15,7 +15,8 @@ from cq.core.formats import Format
 from cq.core.knowledge import Knowledge
 from cq.core.recipe import How
 from cq.core.source import cuts
-from cq_quant.layer import LayerPlan
+from cq_quant.guidance import settings_of
+from cq_quant.layer import Kind, LayerPlan
 from cq_quant.optimizers import Optimizer
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ class Resolver:
     def __init__(self, stage: QuantStage, known: Knowledge) -> None:
         self._stage = stage
         self.known = known
-        # Asked twice for each layer, of which there are many, and answered in a few ways.
+        # Asked for each layer, of which there are many, and answered in a few ways.
         self._settings = cache(self._resolved)
+        self._refusal = cache(self._refused)
+        self._kind = cache(self._kind_of)
 
     def default(self) -> How:
         """What layers without a rule get; checked, so that an error names the option."""
@@ -58,7 +61,8 @@ class Resolver:
                     code="usage.cast",
                 )
             return format_plug, scaling, None, 0
-        name = how.optimizer or optimizer_for(format_plug, how.rotate)
+        calibrated = self._stage.calibration is not None
+        name = how.optimizer or optimizer_for(format_plug, how.rotate, calibrated=calibrated)
         assert name is not None
         optimizer: Optimizer = catalog.load("optimizers", name)
         return format_plug, scaling, optimizer, largest_group(how.rotate, format_plug, optimizer)
@@ -76,10 +80,16 @@ class Resolver:
         format_plug, scaling, _, largest = self._settings(how)
         if format_plug.casts:
             return None
-        if recipe.has_role(layer, "embedding") and not format_plug.embeddings:
+        if not format_plug.embeddings and recipe.has_role(layer, "embedding"):
             return "ComfyUI takes embedding tables in fp8 and int8 only"
-        if self._reads_shape(layer) and not format_plug.keeps_shape:
+        if not format_plug.keeps_shape and self._reads_shape(layer):
             return "ComfyUI tells the model by this weight's shape, which the format may change"
+        return self._refusal(weight, format_plug, scaling, self._for_family(layer, how, largest))
+
+    def _refused(
+        self, weight: TensorSpec, format_plug: Format, scaling: str, largest: int
+    ) -> str | None:
+        """Why no layer of the spec can be stored so."""
         if len(weight.shape) == 3:
             if 0 in weight.shape:
                 return "its weight is empty"
@@ -88,7 +98,6 @@ class Resolver:
             weight = TensorSpec(weight.dtype, weight.shape[1:])
         if any(stop % 128 for _, stop in list(cuts(weight))[:-1]):
             return f"K={weight.shape[-1]} is too long to be taken 128 rows at a time"
-        largest = self._for_family(layer, how, largest)
         return format_plug.refuse(weight, scaling, _group(weight, largest, format_plug))
 
     def _reads_shape(self, layer: str) -> bool:
@@ -100,24 +109,32 @@ class Resolver:
         wanted = self.known.rotation(layer)
         return min(largest, wanted) if wanted and how.rotate == "auto" else largest
 
-    def plan(self, choice: recipe.Choice, how: How) -> LayerPlan:
-        """The plan of a layer that is not refused."""
-        format_plug, scaling, optimizer, largest = self._settings(how)
-        largest = self._for_family(choice.layer, how, largest)
-        return LayerPlan(
+    def kind(self, layer: str, weight: TensorSpec, how: How) -> Kind:
+        """What a layer that is not refused becomes."""
+        largest = self._settings(how)[3]
+        return self._kind(weight, how, self._for_family(layer, how, largest))
+
+    def _kind_of(self, weight: TensorSpec, how: How, largest: int) -> Kind:
+        format_plug, scaling, optimizer, asked = self._settings(how)
+        plan = LayerPlan(
             format=format_plug,
             scaling=scaling,
             optimizer=optimizer,
-            group=_group(choice.weight, largest, format_plug),
+            group=_group(weight, largest, format_plug),
             search=self._stage.scale_search,
+            options={} if optimizer is None else settings_of(optimizer, self._stage.settings),
+            seed=self._stage.seed,
         )
+        return Kind(weight, plan, asked)
 
 
-def optimizer_for(plug: Format, rotate: str) -> str | None:
+def optimizer_for(plug: Format, rotate: str, *, calibrated: bool = False) -> str | None:
     """The optimizer that a format goes best with; None for a plain dtype, which needs none."""
     if plug.casts:
         return None
-    return "rtn" if plug.rotation == "never" or rotate == "off" else "quip"
+    if plug.rotation == "never" or rotate == "off":
+        return "gptq" if calibrated else "rtn"
+    return "quip"
 
 
 def _scaling(plug: Format, scaling: str | None) -> str:

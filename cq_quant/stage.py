@@ -6,20 +6,31 @@ Owns the meeting of recipe, format and optimizer in a plan, from specs alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from cq.core import catalog, comfy, recipe, select
 from cq.core.checkpoint import Checkpoint, Part, Stage, narrowed
 from cq.core.dequantize import Dequantize
-from cq.core.errors import InputError, PlanError
-from cq.core.formats import Format, first_release
+from cq.core.errors import InputError, PlanError, UsageError
+from cq.core.formats import Format
 from cq.core.knowledge import AUTO, know
-from cq.core.recipe import How, Rule
+from cq.core.native import NativeNames, recognize
+from cq.core.recipe import Rule
 from cq.core.stored import describe
+from cq_quant.guidance import (
+    CalibrationFile,
+    Guidance,
+    LoraFile,
+    check_setting,
+    files_of,
+    opened_calibration,
+    opened_lora,
+    see_settings_used,
+)
 from cq_quant.layer import Layer
-from cq_quant.settings import Resolver, largest_group, optimizer_for
+from cq_quant.settings import Resolver, optimizer_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +51,22 @@ class QuantStage:
     requantize: bool = False
     allow_custom_loader: bool = False
     save_quant_metadata: bool = False
+    calibration: CalibrationFile | None = None
+    calibration_loras: tuple[LoraFile, ...] = ()
+    settings: Mapping[str, float] = field(default_factory=dict, hash=False)
+    seed: int = 0
 
     def arguments(self) -> dict[str, Any]:
-        """The fields as plain JSON."""
+        """The fields as plain JSON; those of guidance only where there is some."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found["rules"] = [rule.to_dict() for rule in self.rules]
+        for key in _GUIDING:
+            if not found[key]:
+                del found[key]
+        if self.calibration is not None:
+            found["calibration"] = self.calibration.to_manifest()
+        if self.calibration_loras:
+            found["calibration_loras"] = [lora.to_manifest() for lora in self.calibration_loras]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     @classmethod
@@ -52,7 +74,12 @@ class QuantStage:
         """The stage of a manifest. Raises: InputError for an unknown or ill-typed argument."""
         defaults = {f.name: f.default for f in fields(cls)}
         select.refuse_unknown(arguments, defaults, "the quant stage")
-        return cls(**{key: _typed(key, value, defaults[key]) for key, value in arguments.items()})
+        return cls(
+            **{
+                key: _GUIDING[key](value) if key in _GUIDING else _typed(key, value, defaults[key])
+                for key, value in arguments.items()
+            }
+        )
 
     def apply(self, source: Checkpoint) -> Checkpoint:
         """The quantized checkpoint. Raises: PlanError with the reason if it cannot be."""
@@ -66,21 +93,23 @@ class QuantStage:
         return replace(
             self,
             scaling=self.scaling or plug.scalings[0],
-            optimizer=self.optimizer or optimizer_for(plug, self.rotate),
+            optimizer=self.optimizer
+            or optimizer_for(plug, self.rotate, calibrated=self.calibration is not None),
         )
 
     def _apply(self, source: Checkpoint) -> Checkpoint:
         resolver = Resolver(self, know(source.specs, self.family))
         choices, layers = self._planned(source, resolver, self.rules)
         _refuse_diffusers(source, layers.values())
+        guidance = self._guided(source, layers)
         parts: list[Part] = []
         for part in source.parts:
-            chosen = [name for name in part.tensors if name in layers]
-            if not chosen:
+            if layers.keys().isdisjoint(part.tensors):
                 parts.append(part)
                 continue
-            for name in chosen:
-                parts += layers[name].parts()
+            for name in part.tensors:
+                if name in layers:
+                    parts += layers[name].parts()
             rest = [name for name in part.tensors if name not in layers]
             if rest:
                 parts.append(narrowed(part, rest))
@@ -89,7 +118,31 @@ class QuantStage:
             parts=tuple(parts),
             metadata=self._metadata(source, layers.values()),
             notes=tuple(_note(choice, layers.get(choice.name)) for choice in choices),
+            inputs=(*source.inputs, *files_of(self.calibration, self.calibration_loras)),
+            outcomes=source.outcomes if guidance is None else (*source.outcomes, guidance.tally),
         )
+
+    def _guided(self, source: Checkpoint, layers: dict[str, Layer]) -> Guidance | None:
+        """What guides the rounding, told to the layers that use it."""
+        optimizers = {o.plan.optimizer for o in layers.values() if o.plan.optimizer is not None}
+        see_settings_used(self.settings, optimizers, calibrated=self.calibration is not None)
+        if self.calibration is None:
+            if self.calibration_loras:
+                raise UsageError(
+                    "`--calibration-lora` adds to a calibration, and there is none",
+                    hint="add `--calibration FILE`",
+                    code="usage.calibration_lora",
+                )
+            return None
+        guidance = Guidance(self.calibration, self.calibration_loras, source, self.family)
+        for name, layer in layers.items():
+            optimizer = layer.plan.optimizer
+            if optimizer is not None and optimizer.calibrates and name.endswith(comfy.WEIGHT):
+                own = guidance.of(name.removesuffix(comfy.WEIGHT), layer.matrix.shape[-1])
+                layers[name] = replace(layer, guide=own)
+        guided = [n.removesuffix(comfy.WEIGHT) for n, o in layers.items() if o.guide is not None]
+        guidance.see_used(guided, layers)
+        return guidance
 
     def again(self, quantized: Checkpoint) -> Checkpoint:
         """`apply` to a quantized checkpoint. The layers that are stored anew are dequantized to
@@ -127,12 +180,12 @@ class QuantStage:
             refuse=resolver.refuse,
         )
         planned = (
-            Layer(source, choice.name, resolver.plan(choice, choice.how))
+            Layer(source, choice.name, resolver.kind(choice.layer, choice.weight, choice.how))
             for choice in choices
             if choice.how is not None
         )
         # A cast to the dtype that a tensor has already leaves it to be copied, unread.
-        return choices, {o.name: o for o in planned if o.tensors() != {o.name: o.weight}}
+        return choices, {layer.name: layer for layer in planned if layer.kind.changes}
 
     def _without_empty_words(
         self, source: Checkpoint, resolver: Resolver, layers: Mapping[str, Layer]
@@ -173,7 +226,12 @@ def quantize(
     skip: Sequence[str] = (),
     requantize: bool = False,
     allow_custom_loader: bool = False,
+    native_names: bool = False,
     save_quant_metadata: bool = False,
+    calibration: str | os.PathLike[str] | None = None,
+    calibration_loras: Sequence[str | os.PathLike[str]] = (),
+    settings: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> Checkpoint:
     """A checkpoint whose linear layers are stored quantized; nothing is computed yet.
 
@@ -186,13 +244,22 @@ def quantize(
     patterns over layer names, in `only` also `PATTERN=FORMAT`. A format that is a plain dtype
     applies to all tensors and undoes a quantization; with `requantize` quantized layers are
     dequantized first where they are stored anew, the others stay as they are. With
-    `save_quant_metadata` the markers stand in the header as well.
+    `save_quant_metadata` the markers stand in the header as well, with `native_names` a checkpoint
+    with the layer names of diffusers gets the model's own first.
+
+    `calibration` is a file of `cq.calibration.Recorder`, by which optimizers round for the outputs
+    of layers; layers that it has not are rounded to nearest, as all are without one. The optimizer
+    None is then `gptq` where it would be `rtn`. `calibration_loras` are LoRAs, as paths or
+    `path:weight`, whose down-projections count as directions of inputs. `settings` are numbers by
+    `optimizer.name`, such as `{"quip.damp": 0.1}`; `seed` is for what an optimizer draws.
 
     Raises: PlanError if the checkpoint is quantized already, a pattern matches nothing, or there is
     nothing to quantize; InputError for a recipe that is none.
     """
-    from cq.core.recipe import load_recipe
+    from cq.core.recipe_file import load_recipe
 
+    if native_names:
+        checkpoint = NativeNames().apply(checkpoint)
     rules = load_recipe(recipe) if isinstance(recipe, str | os.PathLike) else tuple(recipe)
     plug: Format = catalog.load("formats", format)
     stage = QuantStage(
@@ -207,6 +274,10 @@ def quantize(
         skip=_texts(skip),
         allow_custom_loader=allow_custom_loader,
         save_quant_metadata=save_quant_metadata,
+        calibration=None if calibration is None else opened_calibration(calibration),
+        calibration_loras=tuple(opened_lora(lora) for lora in _paths(calibration_loras)),
+        settings=_settings(settings or {}),
+        seed=_seed(seed),
     )
     quantized = comfy.find_quantized(checkpoint)
     floats8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
@@ -220,6 +291,57 @@ def _texts(value: Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _paths(
+    value: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
+) -> tuple[str | os.PathLike[str], ...]:
+    return (value,) if isinstance(value, str | os.PathLike) else tuple(value)
+
+
+def _settings(value: Any) -> dict[str, float]:
+    """Numbers by `optimizer.name`. Raises: UsageError for a name or number that there is not."""
+    if not isinstance(value, Mapping):
+        raise _ill_typed("settings", value)
+    for name, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise _ill_typed("settings", value)
+        check_setting(name, number)
+    return {name: float(number) for name, number in sorted(value.items())}
+
+
+def _seed(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise UsageError(
+            f"`{value!r}` is not a seed", hint="give a whole number from 0 on", code="usage.seed"
+        )
+    return value
+
+
+def _loras(value: Any) -> tuple[LoraFile, ...]:
+    if not isinstance(value, list):
+        raise _ill_typed("calibration_loras", value)
+    return tuple(opened_lora(entry) for entry in value)
+
+
+def _calibration(value: Any) -> CalibrationFile:
+    if not isinstance(value, Mapping):
+        raise _ill_typed("calibration", value)
+    return opened_calibration(value)
+
+
+_GUIDING: dict[str, Callable[[Any], Any]] = {
+    "calibration": _calibration,
+    "calibration_loras": _loras,
+    "settings": _settings,
+    "seed": _seed,
+}
+
+
+def _ill_typed(key: str, value: Any) -> InputError:
+    return InputError(
+        f"the quant stage's argument `{key}` cannot be `{value!r}`", code="input.manifest"
+    )
+
+
 def _typed(key: str, value: Any, default: Any) -> Any:
     if key == "rules" and isinstance(value, list):
         return tuple(
@@ -231,9 +353,7 @@ def _typed(key: str, value: Any, default: Any) -> Any:
             return tuple(value)
     elif type(value) is type(default) or (default is None and isinstance(value, str)):
         return value
-    raise InputError(
-        f"the quant stage's argument `{key}` cannot be `{value!r}`", code="input.manifest"
-    )
+    raise _ill_typed(key, value)
 
 
 def _told(choice: recipe.Choice) -> str:
@@ -258,35 +378,14 @@ def _note(choice: recipe.Choice, layer: Layer | None) -> dict[str, Any]:
             "reason": f"is {choice.weight.dtype} already",
             "format": choice.how.format,
         }
-    plan = layer.plan
-    stored = layer.tensors().values()
-    return note | {
-        "format": plan.format.name,
-        "first_comfyui": first_release(
-            plan.format,
-            embedding=recipe.has_role(choice.layer, "embedding"),
-            experts=layer.experts is not None,
-            rotated=plan.group is not None,
-        ),
-        "scaling": plan.scaling,
-        "optimizer": None if plan.optimizer is None else plan.optimizer.name,
-        "rotation": plan.group,
-        "note": _remark(layer, choice.how),
-        "nbytes_after": sum(spec.nbytes for spec in stored),
-    }
-
-
-def _remark(layer: Layer, how: How | None) -> str | None:
-    plan, columns = layer.plan, layer.matrix.shape[-1:]
-    if plan.optimizer is None or how is None:
-        return None
-    largest = largest_group(how.rotate, plan.format, plan.optimizer)
-    if layer.experts is not None and largest and plan.group is None:
-        return "stacked experts are not rotated, since ComfyUI drops the rotation's flag for them"
-    if largest and plan.group != largest:
-        instead = "is not rotated" if plan.group is None else f"takes rotation group {plan.group}"
-        return f"K={columns[0]} is not a multiple of {largest}, so it {instead}"
-    return plan.optimizer.note
+    note |= layer.kind.decision
+    if layer.guide is not None:
+        optimizer = layer.plan.optimizer
+        plain = optimizer is not None and note["note"] == optimizer.note
+        note |= {"calibration": layer.guide.recorded, "note": None if plain else note["note"]}
+    if recipe.has_role(choice.layer, "embedding"):
+        note["first_comfyui"] = layer.kind.first_release(embedding=True)
+    return note
 
 
 def _refuse_quantized(source: Checkpoint) -> None:
@@ -312,6 +411,7 @@ def _refuse_diffusers(source: Checkpoint, layers: Any) -> None:
             " renames while it loads, without the markers and scales of quantized layers: it would"
             " compute with raw codes and say nothing",
             where=quantized[0].name,
-            hint="start from the checkpoint with the model's own names, as ComfyUI distributes it",
+            hint="start from the checkpoint with the model's own names, as ComfyUI distributes it"
+            + (", or add `--native-names`" if recognize(source.specs) else ""),
             code="plan.diffusers",
         )

@@ -151,7 +151,7 @@ def test_format_stores_the_same_however_the_source_is_cut(
     assert len(list(cq.open(tmp_path / "in.safetensors").pieces(f"{LAYER}.weight"))) > 1
     plug: Format = catalog.load("formats", format_name)
     grid = plug.grid(spec_of(weight), scaling)
-    if grid is None or grid.surveys:
+    if grid is None or grid.surveys or optimizer == "learned":  # whose loss the whole weight sets
         return
     stored, _ = stored_layer(path)
     cq.write(plan(tmp_path, weight[:128], format_name, optimizer, scaling), path, force=True)
@@ -210,7 +210,7 @@ def test_format_stacks_experts_as_it_stores_each_alone(
     stored, marker = stored_layer(path, EXPERTS)
     assert marker["num_experts"] == 3
     assert "convrot" not in marker
-    plain = "rtn" if plug.rotation == "optional" else optimizer
+    plain = "rtn" if optimizer == "quip" and plug.rotation == "optional" else optimizer
     for i in range(3):
         alone = tmp_path / f"{i}.safetensors"
         cq.write(plan(tmp_path, weight[i], format_name, plain, scaling), alone)

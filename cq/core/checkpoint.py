@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from cq.core.dtypes import TensorSpec, torch_dtype
 from cq.core.errors import InternalError
+from cq.core.header import Entry
 from cq.core.source import Source, SourceFile, cuts, largest_cut
 
 if TYPE_CHECKING:
@@ -102,14 +103,26 @@ class Stage(Protocol):
         ...
 
 
+class Outcome(Protocol):
+    """What is known only when parts have been produced, such as how well they came out."""
+
+    def remarks(self) -> list[str]:
+        """Sentences for the user; none before any part was produced."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Checkpoint:
     """Every tensor's name, dtype and shape, and the metadata, without having read a weight.
 
     `sources` and `stages` say where it comes from; together they are its manifest. `inputs` are all
     files that it reads, adapters as well. `notes` carries what the last stage decided (JSON
-    objects, for plans and reports) and `extra` a manifest's keys that this cq does not know;
-    neither reaches a file.
+    objects, for plans and reports), `outcomes` tell afterwards what came of it, and `extra` has a
+    manifest's keys that this cq does not know; none of them reaches a file.
     """
 
     parts: tuple[Part, ...]
@@ -119,12 +132,17 @@ class Checkpoint:
     inputs: tuple[SourceFile, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    outcomes: tuple[Outcome, ...] = field(default=(), repr=False)
 
     @cached_property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Spec of every tensor by name."""
-        found = {name: spec for part in self.parts for name, spec in part.tensors.items()}
-        if len(found) != sum(len(part.tensors) for part in self.parts):
+        found: dict[str, TensorSpec] = {}
+        count = 0
+        for part in self.parts:
+            found.update(part.tensors)
+            count += len(part.tensors)
+        if len(found) != count:
             raise InternalError("two parts of a checkpoint produce the same tensor")
         return MappingProxyType(found)
 
@@ -205,37 +223,52 @@ class Checkpoint:
 def from_source(source: Source) -> Checkpoint:
     """The checkpoint that a file or shard set holds."""
     parts = tuple(
-        _file_part(source.owner[name], name)
+        _file_part(file, name, entry)
         for file in source.files
-        for name in file.header.entries
+        for name, entry in file.header.entries.items()
         if source.owner[name] is file
     )
     return Checkpoint(parts=parts, metadata=source.metadata, sources=(source,), inputs=source.files)
 
 
-def _file_part(file: SourceFile, name: str) -> Part:
-    entry = file.header.entries[name]
-
-    def produce() -> Iterator[Piece]:
-        for start, stop in cuts(entry.spec):
-            yield Piece(name, start, file.rows(name, start, stop))
-
+def _file_part(file: SourceFile, name: str, entry: Entry) -> Part:
+    spec = entry.spec
     return Part(
-        tensors={name: entry.spec},
-        nbytes_peak=TensorSpec(entry.spec.dtype, (largest_cut(entry.spec),)).nbytes,
-        produce=produce,
-        extent=Extent(file, file.header.data_start + entry.start, entry.spec.nbytes),
+        tensors={name: spec},
+        nbytes_peak=_nbytes_largest_cut(spec),
+        produce=partial(_file_pieces, file, name, spec),
+        extent=Extent(file, file.header.data_start + entry.start, spec.nbytes),
     )
+
+
+def _file_pieces(file: SourceFile, name: str, spec: TensorSpec) -> Iterator[Piece]:
+    for start, stop in cuts(spec):
+        yield Piece(name, start, file.rows(name, start, stop))
+
+
+@lru_cache(maxsize=1 << 12)
+def _nbytes_largest_cut(spec: TensorSpec) -> int:
+    return TensorSpec(spec.dtype, (largest_cut(spec),)).nbytes
 
 
 def constant_part(name: str, value: bytes) -> Part:
     """A part of one 1-D U8 tensor whose bytes are known while planning, such as a layer's
     marker."""
 
-    def produce() -> Iterator[Piece]:
-        import torch
+    return Part(
+        tensors={name: _bytes_spec(len(value))},
+        nbytes_peak=len(value),
+        produce=partial(_constant_piece, name, value),
+        constant=value,
+    )
 
-        yield Piece(name, 0, torch.tensor(list(value), dtype=torch.uint8))
 
-    spec = TensorSpec("U8", (len(value),))
-    return Part(tensors={name: spec}, nbytes_peak=len(value), produce=produce, constant=value)
+def _constant_piece(name: str, value: bytes) -> Iterator[Piece]:
+    import torch
+
+    yield Piece(name, 0, torch.tensor(list(value), dtype=torch.uint8))
+
+
+@lru_cache(maxsize=1 << 10)
+def _bytes_spec(nbytes: int) -> TensorSpec:
+    return TensorSpec("U8", (nbytes,))

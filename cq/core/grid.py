@@ -6,7 +6,8 @@ A format offers a `Grid`; an optimizer chooses scales and codes on it. Neither k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -16,6 +17,56 @@ Scales = Mapping[str, "torch.Tensor"]
 """Everything beside the codes that levels depend on, by the grid's own names. *Shared* scales reach
 over the whole weight (a tensor scale, a codebook); the others belong to rows and have as many
 leading entries as their rows, or as their blocks of rows, so that segments can be joined."""
+
+
+RoundColumn = Callable[[int, "torch.Tensor", "torch.Tensor"], None]
+
+
+class Columns(Protocol):
+    """Some columns of a weight under fixed scales, to be rounded one after the other."""
+
+    def rounder(self, dtype: torch.dtype) -> RoundColumn:
+        """What rounds a column: its place among the columns, the weights `(rows,)` of `dtype`, and
+        where their nearest levels go."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """`Columns` whose levels are what `snap` makes of a weight's ratio to a step, times the step,
+    plus the zero if there is one.
+
+    `step` and `zero` have a line for each column, or one for all of them, and an entry for each row
+    or one for all: `(columns or 1, rows or 1)`. Where the step is 0 the level is 0. `snap` rounds
+    ratios in place.
+    """
+
+    step: torch.Tensor
+    snap: Callable[[torch.Tensor], object]
+    zero: torch.Tensor | None = None
+
+    def rounder(self, dtype: torch.dtype) -> RoundColumn:
+        """See `Columns`."""
+        import torch
+
+        step = self.step.to(dtype)
+        divisor = torch.where(step == 0, torch.inf, step) if bool((step == 0).any()) else step
+        snap, single = self.snap, step.shape[0] == 1
+        steps, divisors = step.unbind(0), divisor.unbind(0)
+        zeros = None if self.zero is None else self.zero.to(dtype).unbind(0)
+
+        def round_column(place: int, weight: torch.Tensor, out: torch.Tensor) -> None:
+            own = 0 if single else place
+            if zeros is None:
+                torch.div(weight, divisors[own], out=out)
+                snap(out)
+                out.mul_(steps[own])
+            else:
+                torch.sub(weight, zeros[own], out=out).div_(divisors[own])
+                snap(out)
+                out.mul_(steps[own]).add_(zeros[own])
+
+        return round_column
 
 
 class Grid(Protocol):
@@ -69,4 +120,9 @@ class Grid(Protocol):
 
     def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """The float32 levels `(rows, K)` that codes stand for."""
+        ...
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Columns:
+        """The columns `chosen`, indices `(n,)`, under `scales`: for optimizers that round one
+        column after the other."""
         ...

@@ -11,11 +11,11 @@ Source: QuIP, arXiv 2307.13304 (LDLQ, incoherence); ConvRot, arXiv 2512.03673 (t
 
 from __future__ import annotations
 
-from cq_quant.optimizers.rtn import Rtn
+from cq_quant.optimizers._feedback import Feedback
 
 
-class Quip(Rtn):
-    """The optimizer plug: nearest rounding, which LDLQ is for H = I, in the rotated basis."""
+class Quip(Feedback):
+    """The optimizer plug."""
 
     name = "quip"
     rotates = True

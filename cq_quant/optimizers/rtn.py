@@ -10,17 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cq.core.grid import Grid, Scales
+from cq_quant.optimizers import Optimizer
 
 if TYPE_CHECKING:
     import torch
 
 
-class Rtn:
+class Rtn(Optimizer):
     """The optimizer plug."""
 
     name = "rtn"
-    rotates = False
-    note: str | None = None
 
     def fit(
         self, weight: torch.Tensor, grid: Grid, shared: Scales, *, search: bool

@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from cq.core.formats.float8_e4m3fn import in_chunks
-from cq.core.grid import Scales
+from cq.core.grid import RoundColumn, Scales
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +113,37 @@ class CodebookGrid:
 
         levels = torch.tensor(CODEBOOK)[codes.long()]
         return decoded(levels, scales["s_rel"]).mul_(scales["s_channel"][:, None])
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> CodebookColumns:
+        """The numbers of each column's group."""
+        import torch
+
+        own = scales["s_rel"].view(torch.uint8).T.index_select(0, chosen // GROUP)
+        return CodebookColumns(relative=own, channel=scales["s_channel"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodebookColumns:
+    """Columns under group scales, `relative` U8 `(columns, rows)`, and row scales `(rows,)`."""
+
+    relative: torch.Tensor
+    channel: torch.Tensor
+
+    def rounder(self, dtype: torch.dtype) -> RoundColumn:
+        """See `Columns`: the cell that a weight lies in tells its number by table."""
+        import torch
+
+        half = _CELLS // 2
+        first = (self.relative.int() * _CELLS).add_(half).unbind(0)
+        half_step, channel = (self.channel / 2).to(dtype), self.channel.to(dtype)
+        numbers = _nearest_numbers().to(dtype)
+
+        def round_column(place: int, weight: torch.Tensor, out: torch.Tensor) -> None:
+            cells = torch.div(weight, half_step, out=out).ceil_().clamp_(-half, half - 1)
+            index = cells.to(torch.int32).add_(first[place])
+            torch.index_select(numbers, 0, index, out=out).mul_(channel)
+
+        return round_column
 
 
 def _per_group(weight: torch.Tensor) -> tuple[int, int]:
@@ -256,11 +287,17 @@ def _search_tables() -> tuple[torch.Tensor, torch.Tensor]:
     """
     import torch
 
-    nearest = _numbers().gather(1, _code_table().view(-1, _CELLS).long())
+    nearest = _nearest_numbers().view(-1, _CELLS)
     codes = torch.arange(_LARGEST_CODE + 1)
     neighbours = [nearest[(codes + step).clamp(0, _LARGEST_CODE)].view(-1) for step in _STEPS]
     numbers = torch.stack(neighbours, 1).contiguous()
     return numbers, numbers.square()
+
+
+@cache
+def _nearest_numbers() -> torch.Tensor:
+    """The nearest number of each entry of `_code_table`, float32 of its shape."""
+    return _numbers().gather(1, _code_table().view(-1, _CELLS).long()).view(-1)
 
 
 def _numbers() -> torch.Tensor:

@@ -27,7 +27,7 @@ from cq.core.errors import InputError
 from cq.core.formats import Fault, Format
 from cq.core.formats.convrot_w4a4 import packed_faults, packed_shape, settings_of
 from cq.core.formats.float8_e4m3fn import in_chunks, refusal
-from cq.core.grid import Scales
+from cq.core.grid import Scales, Steps
 from cq.core.packing import pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:
@@ -114,6 +114,13 @@ class ZeroedGrid:
         groups = codes.float().add_(_LOWEST).view(*scales["scale"].shape, _GROUP)
         value = groups.mul_(scales["scale"].float()[..., None])
         return value.add_(scales["zero"].float()[..., None]).view(codes.shape)
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Steps:
+        """Step and zero of each column's group."""
+        step, zero = (
+            scales[name].T.index_select(0, chosen // _GROUP).float() for name in ("scale", "zero")
+        )
+        return Steps(step=step, zero=zero, snap=lambda x: x.round_().clamp_(_LOWEST, _HIGHEST))
 
     def _stored(self, low: torch.Tensor, extent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero of groups that begin at `low`, in the stored dtype."""

@@ -19,8 +19,8 @@ from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Fault, Format
 from cq.core.formats.float8_e4m3fn import in_chunks, per_expert
-from cq.core.formats.int8_tensorwise import convrot_group
-from cq.core.grid import Scales
+from cq.core.formats.int8_tensorwise import convrot_group, snap_integers
+from cq.core.grid import Scales, Steps
 from cq.core.packing import fits, pack_nibbles, spread, unpack_nibbles
 from cq.core.rotation import GROUPS, is_group, unrotate
 
@@ -85,6 +85,10 @@ class Int4Grid:
     def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """codes x scale in float32."""
         return codes.float() * scales["scale"][:, None]
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Steps:
+        """The same step in all columns."""
+        return Steps(step=scales["scale"][None], snap=snap_integers(_LEVELS))
 
 
 def _scaled_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

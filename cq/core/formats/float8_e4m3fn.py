@@ -13,13 +13,13 @@ Source: ComfyUI `comfy/quant_ops.py` (QUANT_ALGOS), comfy-kitchen `tensor/fp8.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cq.core.dtypes import TensorSpec, torch_dtype
 from cq.core.formats import Fault, Format, plain_shape
-from cq.core.grid import Scales
+from cq.core.grid import Scales, Steps
 from cq.core.packing import spread
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # a magnitude that needs less do not occur; comfy-kitchen divides by zero for an all-zero weight.
 SMALLEST_SCALE = 2.0**-126
 CONTAINERS = frozenset({"U8", "I8"})  # bytes that some tools view as float8
+# Bits of mantissa, and the smallest normal number
+_NORMAL = {"F8_E4M3": (3, 2.0**-6), "F8_E5M2": (2, 2.0**-14)}
 _CHUNK = 1 << 16  # weights whose float32 copy stays in a core's cache
 
 
@@ -70,6 +72,37 @@ class Float8Grid:
     def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """codes x scale in float32."""
         return widen(codes).mul_(scales["scale"])
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Steps:
+        """The same step everywhere."""
+        mantissa, least = _NORMAL[self.dtype]
+        snap = snap_floats(mantissa, least, self.largest)
+        return Steps(step=scales["scale"].reshape(1, 1), snap=snap)
+
+
+def snap_floats(
+    mantissa: int, least: float, largest: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rounds ratios in place to floats of so many bits of mantissa, ties to even: numbers from
+    `least`, the smallest normal one, to `largest`, and multiples of the smallest step below.
+
+    Added to 1.5 x 2**(23 - mantissa) times its own power of two, whose last bit is worth a step, a
+    float32 is rounded by the addition itself, of either sign. That takes fewer passes than a
+    conversion there and back.
+    """
+    import torch
+
+    exponents = torch.tensor(0x7F800000, dtype=torch.int32)  # of a float32
+    rounding = 1.5 * 2.0 ** (23 - mantissa)
+
+    def snap(ratio: torch.Tensor) -> torch.Tensor:
+        single = ratio.float().clamp_(-largest, largest)
+        power = single.abs().clamp_(min=least)
+        power.view(torch.int32).bitwise_and_(exponents)
+        single.add_(power, alpha=rounding).sub_(power, alpha=rounding)
+        return single if single.dtype == ratio.dtype else ratio.copy_(single)
+
+    return snap
 
 
 def tensor_scale(segments: Iterable[torch.Tensor], levels: float) -> torch.Tensor:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cq.core.dtypes import TensorSpec
 from cq.core.formats import Fault, Format, plain_shape
 from cq.core.formats.float8_e4m3fn import refusal
-from cq.core.grid import Scales
+from cq.core.formats.int8_tensorwise import snap_integers
+from cq.core.grid import Scales, Steps
 from cq.core.packing import spread
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class BlockGrid:
         """codes x scale in float32."""
         value = _blocks(codes.float()) * scales["scale"][:, None, :, None]
         return value.view(codes.shape)
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Steps:
+        """The step of each column's block, repeated for the block's rows."""
+        step = scales["scale"].T.index_select(0, chosen // _BLOCK)
+        return Steps(step=step.repeat_interleave(_BLOCK, 1), snap=snap_integers(_LEVELS))
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:

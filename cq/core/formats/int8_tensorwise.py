@@ -11,14 +11,14 @@ Source: ComfyUI `comfy/quant_ops.py` (QUANT_ALGOS), comfy-kitchen `tensor/int8.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Fault, Format, plain_shape
-from cq.core.grid import Scales
+from cq.core.grid import Scales, Steps
 from cq.core.packing import spread
 from cq.core.rotation import is_group, unrotate
 
@@ -75,6 +75,15 @@ class Int8Grid:
     def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """codes x scale in float32."""
         return codes.float() * scales["scale"]
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Steps:
+        """The same step in all columns."""
+        return Steps(step=scales["scale"].reshape(1, -1), snap=snap_integers(_LEVELS))
+
+
+def snap_integers(levels: int) -> Callable[[torch.Tensor], object]:
+    """Rounds ratios in place to the integers up to `levels` either way, ties to even."""
+    return lambda ratio: ratio.round_().clamp_(-levels, levels)
 
 
 def _scale(absmax: torch.Tensor) -> torch.Tensor:

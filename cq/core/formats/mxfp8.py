@@ -28,9 +28,10 @@ from cq.core.formats.float8_e4m3fn import (
     in_chunks,
     per_expert,
     refusal,
+    snap_floats,
     widen,
 )
-from cq.core.grid import Scales
+from cq.core.grid import Scales, Steps
 from cq.core.packing import pad, round_up, swizzle, swizzled_shape, unswizzle
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ class Mxfp8Grid:
     def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """codes x 2**(exponent - 127) in float32."""
         return _values(codes, scales["exponent"])[:, : self.columns]
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Steps:
+        """The step of each column's block."""
+        step = _powers(scales["exponent"].T.index_select(0, chosen // _BLOCK))
+        return Steps(step=step, snap=snap_floats(3, 2.0**-6, _LARGEST))
 
 
 def work_nbytes(nbytes: int, columns: int, block: int) -> int:

@@ -21,9 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Fault
-from cq.core.formats.float8_e4m3fn import in_chunks, per_expert, tensor_scale, widen
+from cq.core.formats.float8_e4m3fn import (
+    in_chunks,
+    per_expert,
+    snap_floats,
+    tensor_scale,
+    widen,
+)
 from cq.core.formats.mxfp8 import BlockScaled, block_absmax, work_nbytes
-from cq.core.grid import Scales
+from cq.core.grid import Scales, Steps
 from cq.core.packing import pack_nibbles, pad, round_up, swizzle
 
 if TYPE_CHECKING:
@@ -134,6 +140,14 @@ class Nvfp4Grid:
             torch.index_select(levels, 0, part.flatten().int(), out=value.view(-1))
             _multiply(value, _steps(given, scales["scale_2"]))
         return out[:, : self.columns]
+
+    def of_columns(self, scales: Scales, chosen: torch.Tensor) -> Steps:
+        """The step of each column's block."""
+        import torch
+
+        bits = scales["block"].view(torch.uint8).T.index_select(0, chosen // _BLOCK)
+        step = _steps(bits.view(torch.float8_e4m3fn), scales["scale_2"])
+        return Steps(step=step, snap=snap_floats(1, 1.0, _LARGEST))
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:
