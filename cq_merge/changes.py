@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ALPHA = ".alpha"
 LARGEST_RUN = 1 << 18  # elements that are computed at a time where that needs memory beside them
+NBYTES_RUN = 4 * LARGEST_RUN * 8  # what a few steps in float64 hold of a run of common rows
 UNCHANGED = " and leaves them unchanged"  # how remarks end on what ComfyUI does not apply at all
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -211,6 +212,19 @@ def runs(count: int, size: int) -> Iterator[tuple[int, int]]:
 def nbytes_run(count: int, size: int, itemsize: int) -> int:
     """Bytes of the largest of `runs`."""
     return min(count * size, max(LARGEST_RUN, size)) * itemsize
+
+
+def inner(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The sum of products of two matrices `(N, K)`, in float64 and run by run."""
+    total = 0.0
+    for start, stop in runs(len(one), one.shape[1]):
+        total += float((one[start:stop].double() * other[start:stop].double()).sum())
+    return total
+
+
+def squared(matrix: torch.Tensor) -> float:
+    """The squared norm of a matrix `(N, K)`, in float64 and run by run."""
+    return inner(matrix, matrix)
 
 
 def matrices(contents: Contents, names: Sequence[str]) -> list[TensorSpec]:

@@ -131,6 +131,7 @@ def register(app: typer.Typer) -> None:
         dry_run: options.DryRun = False,
         workers: options.Workers = None,
         memory_limit: options.MemoryLimit = None,
+        engine: options.Engine = "local",
     ) -> int:
         """Merge LoRA adapters into a checkpoint, in float32, layer by layer.
 
@@ -153,6 +154,7 @@ def register(app: typer.Typer) -> None:
             dry_run=dry_run,
             workers=workers,
             memory_limit=options.parse_size(memory_limit),
+            engine=engine,
         )
         if extract is not None:
             return _extract(
@@ -227,22 +229,8 @@ def _extract(wanted: _Extraction, words: Sequence[str], asked: Any) -> int:
             hint="name two checkpoints: `--extract TUNED --from BASE`",
         )
     tuned = options.open_input(wanted.tuned, what="TUNED")
-    lora, losses = extract(
-        tuned, wanted.origin, rank=wanted.rank, dtype=wanted.dtype, seed=wanted.seed
-    )
-    code = deliver(lora, asked, command="extract")
-    found = losses.to_dict()
-    if found["tensors"]:
-        text = f"extract: of {found['tensors']} tensors computed in this run"
-        if found["equal"]:
-            text += f", {found['equal']} do not differ, and"
-        text += (
-            f" rank {wanted.rank} leaves out {_share(found['relative_error'])} of the difference"
-        )
-        if found["worst"] is not None:
-            text += f", most of `{found['worst']}`: {_share(found['worst_relative_error'])}"
-        options.terminal().say(text)
-    return code
+    lora = extract(tuned, wanted.origin, rank=wanted.rank, dtype=wanted.dtype, seed=wanted.seed)
+    return deliver(lora, asked, command="extract")
 
 
 def _alpha(word: str | None) -> float | Literal["tensors"] | None:

@@ -10,17 +10,16 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cq.core.checkpoint import Checkpoint, Part, Piece
 from cq.core.engine import local
 from cq.core.errors import InternalError
+from cq.core.source import largest_cut
+from cq_merge.changes import NBYTES_RUN, runs, squared
 from cq_merge.notes import layer_of
 from cq_merge.stage import MergePlan, MergeStage
 from cq_merge.weights import Merged
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,10 +107,10 @@ def _part(plan: MergePlan, name: str) -> Part:
         return iter(())
 
     # Beside what merging holds: the change of one adapter at a time, as large as the rows.
-    beside = merged.after.numel if merged.whole else 2 << 20
+    beside = merged.after.numel if merged.whole else largest_cut(merged.before)
     return Part(
         tensors={name: merged.after},
-        nbytes_peak=merged.nbytes_peak + beside * merged.itemsize,
+        nbytes_peak=merged.nbytes_peak + beside * merged.itemsize + NBYTES_RUN,
         produce=nothing,
     )
 
@@ -129,22 +128,19 @@ def _effects(merged: Merged) -> Iterator[Effect]:
             covered = torch.zeros(len(base), dtype=torch.bool)
             for own in loaded:
                 if own.placed.adapter == number:
-                    own.add(base, delta, start)
+                    merged.add(own, base, delta, start)
                     low = max(0, own.placed.start - start)
                     covered[low : max(0, own.placed.start + own.placed.count - start)] = True
-            change[number] += _squared(delta)
-            weight[number] += _squared(base[covered])
-    for number, squared in change.items():
+            change[number] += squared(delta)
+            for first, stop in runs(*base.shape):
+                weight[number] += squared(base[first:stop][covered[first:stop]])
+    for number, size in change.items():
         yield Effect(
             adapter=number,
             tensor=merged.name,
-            change=math.sqrt(squared),
+            change=math.sqrt(size),
             weight=math.sqrt(weight[number]),
         )
-
-
-def _squared(tensor: torch.Tensor) -> float:
-    return float(tensor.double().square().sum()) if tensor.numel() else 0.0
 
 
 def _json(value: float) -> float | None:

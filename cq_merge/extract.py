@@ -13,7 +13,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cq.core import comfy, select
@@ -22,8 +22,9 @@ from cq.core.components import components
 from cq.core.dequantize import Dequantize
 from cq.core.dtypes import TensorSpec, torch_dtype
 from cq.core.errors import InputError, PlanError, UsageError
-from cq.core.source import cuts
+from cq.core.source import cuts, largest_cut
 from cq_merge import inputs
+from cq_merge.changes import NBYTES_RUN, squared
 from cq_merge.contents import all_finite
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ _POWER_ITERATIONS = 2
 
 
 class Losses:
-    """What the low rank leaves out, tensor by tensor, as far as the layers have been computed."""
+    """What the low rank leaves out, tensor by tensor, as far as they have been computed: an
+    `Outcome` of the LoRA."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, expected: int) -> None:
+        self._rank, self._expected = rank, expected
         self._lock = threading.Lock()
         self._found: dict[str, tuple[float, float]] = {}
 
@@ -54,17 +57,32 @@ class Losses:
         with self._lock:
             found = dict(sorted(self._found.items()))
         errors = {name: math.sqrt(lost / whole) for name, (lost, whole) in found.items() if whole}
-        lost, whole = (
-            (sum(column) for column in zip(*found.values(), strict=True)) if found else (0, 0)
-        )
+        lost = sum(lost for lost, _ in found.values())
+        whole = sum(whole for _, whole in found.values())
         worst = max(errors, key=lambda name: errors[name], default=None)
         return {
+            "kind": "extraction",
+            "expected": self._expected,
             "tensors": len(found),
             "equal": len(found) - len(errors),
             "relative_error": math.sqrt(lost / whole) if whole else 0.0,
             "worst": worst,
             "worst_relative_error": None if worst is None else errors[worst],
         }
+
+    def remarks(self) -> list[str]:
+        """What a user is told of it."""
+        found = self.to_dict()
+        if not found["tensors"]:
+            return []
+        told = f"rank {self._rank} leaves out {found['relative_error']:.2%} of the difference"
+        if found["worst"] is not None:
+            told += f", most of `{found['worst']}`: {found['worst_relative_error']:.2%}"
+        if found["equal"]:
+            told += f"; {found['equal']} of {found['tensors']} tensors do not differ"
+        if found["tensors"] < self._expected:
+            told += f"; {found['tensors']} of {self._expected} were computed in this run"
+        return [told]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +95,6 @@ class ExtractStage:
     rank: int = 32
     dtype: str = "fp16"
     seed: int = 0
-    losses: Losses = field(default_factory=Losses, compare=False, repr=False)
 
     def arguments(self) -> dict[str, Any]:
         """The fields as plain JSON; the path is absolute."""
@@ -112,20 +129,25 @@ class ExtractStage:
         quantized = {found.layer for found in comfy.find_quantized(base)}
         base = _plain(base)
         tuned = _plain(source)
-        parts: list[Part] = []
+        wanted: list[_Extracted] = []
         for name, key in _layers(tuned):
             self._check(tuned, base, name)
             layer = name.removesuffix(comfy.WEIGHT)
             # What a quantization leaves as it is does not differ.
             if not quantized or layer in quantized:
-                parts.append(_Extracted(self, tuned, base, name, key).part())
-        if not parts:
+                wanted.append(_Extracted(self, tuned, base, name, key))
+        if not wanted:
             raise PlanError(
                 f"`{source.sources[0].shown}` holds no layer of a diffusion model to extract",
                 code="plan.nothing",
             )
+        losses = Losses(self.rank, len(wanted))
         return source.after(
-            self, parts=tuple(parts), metadata={}, inputs=(*source.inputs, *base.inputs)
+            self,
+            parts=tuple(found.part(losses) for found in wanted),
+            metadata={},
+            inputs=(*source.inputs, *base.inputs),
+            outcomes=(*source.outcomes, losses),
         )
 
     def _check(self, tuned: Checkpoint, base: Checkpoint, name: str) -> None:
@@ -149,9 +171,9 @@ def extract(
     rank: int = 32,
     dtype: str = "fp16",
     seed: int = 0,
-) -> tuple[Checkpoint, Losses]:
-    """The difference of `tuned` from the checkpoint at the path `base` as a LoRA of `rank`, and
-    what the low rank leaves out of it, which is known when it has been written.
+) -> Checkpoint:
+    """The difference of `tuned` from the checkpoint at the path `base` as a LoRA of `rank`.
+    What the low rank leaves out is among its `outcomes` once it has been written.
 
     Linear layers and convolutions become pairs of factors of `dtype` (`fp16`, `bf16`, `fp32`), one
     dimensional tensors are stored whole. Of a quantized `base`, only quantized layers are looked
@@ -169,7 +191,7 @@ def extract(
     if not 0 <= seed < 2**63:
         raise UsageError(f"the seed cannot be {seed}", hint="it is a whole number from 0 on")
     stage = ExtractStage(base=inputs.opened_origin(base), rank=rank, dtype=dtype, seed=seed)
-    return stage.apply(tuned), stage.losses
+    return stage.apply(tuned)
 
 
 def _plain(checkpoint: Checkpoint) -> Checkpoint:
@@ -203,7 +225,15 @@ class _Extracted:
     name: str
     key: str
 
-    def part(self) -> Part:
+    def part(self, losses: Losses) -> Part:
+        tensors, held = self._promise()
+        peaks = self.tuned.part(self.name).nbytes_peak + self.base.part(self.name).nbytes_peak
+        return Part(
+            tensors=tensors, nbytes_peak=peaks + held, produce=lambda: self._produce(losses)
+        )
+
+    def _promise(self) -> tuple[dict[str, TensorSpec], int]:
+        """The specs of what is made, and the memory that it takes beside both models."""
         spec = self.tuned.specs[self.name]
         if len(spec.shape) == 1:
             ending = _DIFF_BIAS if self.name.endswith(".bias") else _DIFF
@@ -217,13 +247,14 @@ class _Extracted:
                 self.key + _UP: TensorSpec(dtype, (spec.shape[0], rank, *ones)),
                 self.key + _DOWN: TensorSpec(dtype, (rank, *spec.shape[1:])),
             }
-            # The difference, a segment of each model, and the thin matrices of the iteration.
+            # The difference, segments of both models and of what lies between them, and the thin
+            # matrices of the iteration.
             wide = min(rank + _OVERSAMPLING, spec.shape[0], spec.row_numel)
-            held = 4 * (spec.numel + 8 * wide * (spec.shape[0] + spec.row_numel)) + (4 << 20) * 6
-        peaks = self.tuned.part(self.name).nbytes_peak + self.base.part(self.name).nbytes_peak
-        return Part(tensors=tensors, nbytes_peak=peaks + held, produce=self._produce)
+            held = 4 * (spec.numel + 8 * wide * (spec.shape[0] + spec.row_numel))
+            held += 4 * 5 * largest_cut(spec) + NBYTES_RUN
+        return tensors, held
 
-    def _produce(self) -> Iterator[Piece]:
+    def _produce(self, losses: Losses) -> Iterator[Piece]:
         import torch
 
         spec = self.tuned.specs[self.name]
@@ -239,11 +270,11 @@ class _Extracted:
                 hint="mend the checkpoint",
                 code="input.nonfinite",
             )
-        whole = float(delta.double().square().sum())
-        specs = self.part().tensors
+        whole = squared(delta)
+        specs, _ = self._promise()
         if len(spec.shape) == 1:
             (name,) = specs
-            self.stage.losses.note(self.name, 0.0, whole)
+            losses.note(self.name, 0.0, whole)
             yield Piece(name, 0, delta.view(-1))
             return
         (up_name, up_spec), (down_name, down_spec) = specs.items()
@@ -251,7 +282,7 @@ class _Extracted:
         up, down = _factors(delta, down_spec.shape[0], self._generator())
         up, down = up.to(stored), down.to(stored)
         delta.addmm_(up.float(), down.float(), alpha=-1)
-        self.stage.losses.note(self.name, float(delta.double().square().sum()), whole)
+        losses.note(self.name, squared(delta), whole)
         del delta
         for name, factor, own in ((up_name, up, up_spec), (down_name, down, down_spec)):
             shaped = factor.reshape(own.shape)

@@ -242,9 +242,11 @@ def _check_fit(
         refusal = f"`{printable(change.key)}` mixes rows that stand apart here"
     else:
         rows = sum(target.count for target in place)
-        refusal = change.refuse(
-            TensorSpec(spec.dtype, (rows, *spec.shape[1:])) if spec.shape else spec
-        )
+        taken = TensorSpec(spec.dtype, (rows, *spec.shape[1:])) if spec.shape else spec
+        refusal = change.refuse(taken)
+        grows = refusal is None and change.shape(taken.shape) != taken.shape
+        if grows and (len(place) > 1 or taken.shape != spec.shape):
+            refusal = f"`{printable(change.key)}` makes a weight grow of which it has rows alone"
     if refusal is None:
         return
     part = "" if len(place) == 1 and place[0].count in spec.shape[:1] else " (rows of it)"
@@ -278,24 +280,35 @@ def _refuse_quantized(source: Checkpoint, plan: MergePlan) -> None:
 def _unmatched(
     adapter: Contents, names: Names, source: Checkpoint, found: AdapterPlan, total: int
 ) -> PlanError:
+    if kinds.is_adapter(source.specs):
+        return PlanError(
+            f"{_shown(source)} is an adapter itself, so nothing can be merged into it",
+            where=source.sources[0].shown,
+            hint=f"the model comes first: `cq merge MODEL {printable(source.sources[0].shown)}`",
+            code="plan.adapter_base",
+        )
     first = found.unmatched[0]
     matched = total - len(found.unmatched)
-    hints = [names.near(first)]
+    hints: list[str | None]
     components = {names.component_of(key) for key in found.unmatched}
+    component = components.pop() if len(components) == 1 else None
+    if component is not None and not names.holds(component):
+        what = f"the {len(found.unmatched)} others" if matched else "all its keys"
+        hints = [f"{what} are for a {component}, and {_shown(source)} holds none that cq knows;"]
+    else:
+        hints = [names.near(first)]
+        if not matched:
+            hints.append(
+                "was it trained for another model? If its names are merely unusual, say with"
+                " `--map FILE` which layers they mean"
+            )
     if matched:
         hints.append("add `--allow-unmatched` to leave such keys out")
-    elif len(components) == 1 and (component := components.pop()) is not None:
-        hints = [f"all its keys are for a {component}, and this file holds none"]
-    else:
-        hints.append(
-            "was it trained for another model? If its names are merely unusual, say with"
-            " `--map FILE` which layers they mean"
-        )
     return PlanError(
         f"the key `{printable(first)}` of `{adapter.shown}` names no layer of {_shown(source)};"
         f" {matched} of {total} keys do",
         where=adapter.shown,
-        hint=" ".join(hint for hint in hints if hint),
+        hint=" ".join(hint for hint in hints if hint).removesuffix(";"),
         code="plan.adapter_unmatched",
     )
 

@@ -18,6 +18,7 @@ from cq.core.dtypes import DTYPES, TensorSpec, torch_dtype
 from cq.core.errors import InputError
 from cq.core.source import cuts, largest_cut
 from cq_merge.adapters import Apply, Change
+from cq_merge.changes import NBYTES_RUN
 from cq_merge.contents import all_finite
 from cq_merge.methods import Method
 
@@ -47,11 +48,16 @@ class Loaded(NamedTuple):
     placed: Placed
     apply: Apply
 
-    def add(self, base: torch.Tensor, rows: torch.Tensor, start: int) -> None:
-        """Add to `rows`, which begin at row `start` of the tensor, what the change has for them."""
+    def add(
+        self, base: torch.Tensor, rows: torch.Tensor, start: int, count: int | None = None
+    ) -> None:
+        """Add to `rows`, which begin at row `start` of the tensor, what the change has for them.
+
+        It has `count` rows, if not as many as it was placed on: those of a weight that grows.
+        """
         placed = self.placed
         low = max(placed.start, start)
-        high = min(placed.start + placed.count, start + len(rows))
+        high = min(placed.start + (placed.count if count is None else count), start + len(rows))
         if low < high:
             own = slice(low - start, high - start)
             first = placed.first + low - placed.start
@@ -84,11 +90,8 @@ class Merged:
     @cached_property
     def after(self) -> TensorSpec:
         """The tensor as it will be: in another dtype or larger if that was asked for."""
-        shape = self.before.shape
-        for placed in self.changes:
-            if placed.count == self._height:
-                shape = placed.change.shape(shape)
-        return TensorSpec(self.dtype, shape)
+        shapes = [self.before.shape, *map(self._shape_for, self.changes)]
+        return TensorSpec(self.dtype, tuple(map(max, *shapes)) if self.before.shape else ())
 
     @cached_property
     def whole(self) -> bool:
@@ -98,6 +101,13 @@ class Merged:
             or self.after.shape != self.before.shape
             or any(placed.change.whole for placed in self.changes)
         )
+
+    def _shape_for(self, placed: Placed) -> tuple[int, ...]:
+        """The tensor's shape as that change takes it: larger, if it makes it grow."""
+        return placed.change.shape(self.before.shape) if self._grows(placed) else self.before.shape
+
+    def _grows(self, placed: Placed) -> bool:
+        return (placed.start, placed.count) == (0, self._height)
 
     @property
     def shown(self) -> str:
@@ -120,9 +130,12 @@ class Merged:
     def nbytes_peak(self) -> int:
         """What computing the tensor holds at most."""
         if self.whole:
-            buffers = 3 if self.method is None else 4 + len(self._adapters)
+            # The weight as it was; the result, or each adapter's change and what methods need.
+            buffers = 2 if self.method is None else 2 + len(self._adapters)
+            if any(self._shape_for(placed) != self.after.shape for placed in self.changes):
+                buffers += 2
             numel, rows = self.after.numel, max(1, *self.after.shape[:1])
-            held = numel * self.itemsize * buffers + largest_cut(self.after) * 8
+            held = numel * self.itemsize * buffers + largest_cut(self.after) * 8 + NBYTES_RUN
         else:
             numel = largest_cut(self.before)
             rows = numel // max(1, self.before.row_numel)
@@ -166,6 +179,19 @@ class Merged:
             shape = (len(rows), *self.after.shape[1:]) if self.after.shape else ()
             yield Piece(self.name, start, rows.to(stored).view(shape))
 
+    def add(self, change: Loaded, base: torch.Tensor, rows: torch.Tensor, start: int) -> None:
+        """Add to `rows`, which begin at row `start` of `spans`, what the change has for them."""
+        own, after = self._shape_for(change.placed), self.after.shape
+        if own == after:
+            change.add(base, rows, start, own[0] if own != self.before.shape else None)
+            return
+        # Another change makes the weight grow: this one is for a corner of what it will be.
+        corner = tuple(map(slice, own))
+        small = rows.view(after)[corner].reshape(own[0], -1)
+        before = small if base is rows else base.view(after)[corner].reshape(own[0], -1)
+        change.add(before, small, start, own[0] if own != self.before.shape else None)
+        rows.view(after)[corner] = small.view(own)
+
     def spans(self) -> Iterator[tuple[int, torch.Tensor]]:
         """As `segments`, but all rows at once, grown as they will be, where that is needed."""
         if self.whole:
@@ -189,11 +215,11 @@ class Merged:
         if self.method is None:
             rows = base.clone()
             for change in loaded:
-                change.add(rows if self.in_turn else base, rows, 0)
+                self.add(change, rows if self.in_turn else base, rows, 0)
         else:
             deltas = {adapter: torch.zeros_like(base) for adapter in self._adapters}
             for change in loaded:
-                change.add(base, deltas[change.placed.adapter], 0)
+                self.add(change, base, deltas[change.placed.adapter], 0)
             combined = self.method.combine(list(deltas.values()), self.density, self._generator())
             rows = base.add_(combined)
         for start, stop in cuts(self.after):

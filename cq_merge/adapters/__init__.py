@@ -7,7 +7,7 @@ gives them). It imports torch only where it computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -206,6 +206,13 @@ def claim_all(source: Contents, reading: Reading) -> list[tuple[str, Change]]:
     return sorted(chosen, key=lambda claim: (claim[1].key, claim[1].tensors))
 
 
+def is_adapter(names: Collection[str]) -> bool:
+    """Whether most of these tensors are an adapter's, by their names alone."""
+    plugs = [plug for plug in _plugs() if plug.kind != CHECKPOINT]
+    known = (n for n in names if n.endswith(".alpha") or any(plug.partner(n) for plug in plugs))
+    return 2 * sum(1 for _ in known) > len(names)
+
+
 CHECKPOINT = "checkpoint"  # the kind whose tensors are whole weights of a second model
 
 
@@ -228,7 +235,8 @@ def _left_over(
                 code="input.adapter_half",
             )
     first = ordered[0]
-    more = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
+    rest = len(left) - 1
+    more = f" and {rest} more {'tensor' if rest == 1 else 'tensors'}" if rest else ""
     return PlanError(
         f"`{source.shown}` holds `{printable(first)}`{more}"
         " of a kind that this version does not merge",

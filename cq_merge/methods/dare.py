@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cq_merge.changes import runs
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,10 +30,14 @@ class Dare:
         import torch
 
         kept = 1.0 if density is None else density
-        total = torch.zeros_like(deltas[0])
         for delta in deltas:
-            drawn = torch.rand(delta.shape, generator=generator, dtype=torch.float32)
-            total += delta.masked_fill_(drawn >= kept, 0).div_(kept)
+            for start, stop in runs(*delta.shape):
+                run = delta[start:stop]
+                drawn = torch.rand(run.shape, generator=generator, dtype=torch.float32)
+                run.masked_fill_(drawn >= kept, 0).div_(kept)
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total += delta
         return total
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cq_merge.changes import inner, squared
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,17 +30,13 @@ class Orthogonal:
         self, deltas: Sequence[torch.Tensor], density: float | None, generator: torch.Generator
     ) -> torch.Tensor:
         """The sum of the changes, each without its part along the ones before it."""
-        import torch
-
-        total = torch.zeros_like(deltas[0])
-        done: list[torch.Tensor] = []
-        for delta in deltas:
-            for earlier in done:
-                squared = float(earlier.double().square().sum()) if earlier.numel() else 0.0
-                if squared:
-                    along = float((delta.double() * earlier.double()).sum()) / squared
-                    delta -= along * earlier
-            done.append(delta)
+        for number, delta in enumerate(deltas):
+            for earlier in deltas[:number]:
+                size = squared(earlier)
+                if size:
+                    delta.add_(earlier, alpha=-inner(delta, earlier) / size)
+        total = deltas[0]
+        for delta in deltas[1:]:
             total += delta
         return total
 

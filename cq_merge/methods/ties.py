@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cq_merge.changes import runs
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,13 +34,17 @@ class Ties:
         """The sum of what is large and of the elected sign."""
         for delta in deltas:
             _trim(delta, density)
-        elected = deltas[0].clone()
-        for delta in deltas[1:]:
-            elected += delta
-        total = elected.new_zeros(elected.shape)
-        for delta in deltas:
-            total += delta.where(delta * elected > 0, delta.new_zeros(()))
-        return total
+        for start, stop in runs(*deltas[0].shape):
+            own = [delta[start:stop] for delta in deltas]
+            elected = own[0].clone()
+            for rows in own[1:]:
+                elected += rows
+            for rows in own:
+                # Signs, as the product of two small numbers may be 0.
+                rows.masked_fill_(rows.sign() != elected.sign(), 0)
+            for rows in own[1:]:
+                own[0].add_(rows)
+        return deltas[0]
 
 
 PLUG = Ties()
@@ -49,6 +55,10 @@ def _trim(delta: torch.Tensor, density: float | None) -> None:
     if density is None or density >= 1 or not delta.numel():
         return
     kept = max(1, round(delta.numel() * density))
-    size = delta.abs()
-    least = size.flatten().kthvalue(delta.numel() - kept + 1).values
-    delta.masked_fill_(size < least, 0)
+    sizes = delta.abs().flatten().numpy()
+    at = delta.numel() - kept
+    sizes.partition(at)  # in its own memory
+    least = float(sizes[at])
+    for start, stop in runs(*delta.shape):
+        run = delta[start:stop]
+        run.masked_fill_(run.abs() < least, 0)
