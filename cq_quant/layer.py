@@ -18,6 +18,7 @@ from cq.core.errors import InputError
 from cq.core.formats import Format, first_release
 from cq.core.rounding import Fit, stored_tensors
 from cq.core.source import cuts, largest_cut
+from cq.core.stored import Stored
 from cq_quant.guidance import Guide
 from cq_quant.optimizers import Optimizer, Task
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 # float32 rows, a rotation's two steps, and codes twice: the segment before is still in the hands of
 # the writer
 _BYTES_ROWS, _BYTES_ROTATION, _BYTES_CODES = 4, 4 + 4, 2
+# Settings of a marker that change nothing in what is stored.
+_AT_RUN_TIME = frozenset({"full_precision_matrix_mult", "orig_dtype"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +169,14 @@ class Kind:
             instead = "is not rotated" if group is None else f"takes rotation group {group}"
             return f"K={self.matrix.shape[-1]} is not a multiple of {largest}, so it {instead}"
         return plan.optimizer.note
+
+
+def is_stored_so(stored: Stored, layer: Layer | None) -> bool:
+    """Whether a quantized layer is stored already as `layer` would be."""
+    if layer is None or stored.evidence != "marker" or layer.kind.stored != stored.tensors:
+        return False
+    wanted, found = layer.kind.marker, stored.settings
+    return all(wanted.get(k) == found.get(k) for k in {*wanted, *found} - _AT_RUN_TIME)
 
 
 @dataclass(frozen=True, slots=True)

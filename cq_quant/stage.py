@@ -18,7 +18,7 @@ from cq.core.formats import Format
 from cq.core.knowledge import AUTO, know
 from cq.core.native import NativeNames, recognize
 from cq.core.recipe import Rule
-from cq.core.stored import describe
+from cq.core.stored import describe, stored_layers
 from cq_quant.guidance import (
     CalibrationFile,
     Guidance,
@@ -29,8 +29,10 @@ from cq_quant.guidance import (
     opened_lora,
     see_settings_used,
 )
-from cq_quant.layer import Layer
+from cq_quant.layer import Layer, is_stored_so
 from cq_quant.settings import Resolver, optimizer_for
+
+_READY = "is stored so already"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,25 +148,36 @@ class QuantStage:
 
     def again(self, quantized: Checkpoint) -> Checkpoint:
         """`apply` to a quantized checkpoint. The layers that are stored anew are dequantized to
-        float32, so that equal formats give equal codes; all others stay quantized as they are.
+        float32; all others stay quantized as they are, among them those that are stored already as
+        is asked: their values are levels, which no rounding could come nearer to.
 
         Raises: PlanError as `apply`, InputError for layers that no format reads.
         """
         plain = Dequantize().apply(quantized)
         were = {note["layer"]: note for note in plain.notes}
-        choices, _ = self._planned(
+        choices, layers = self._planned(
             plain, Resolver(self, know(plain.specs, self.family)), self.rules
         )
-        anew = {_told(choice) for choice in choices if choice.how is not None} & set(were)
+        stored = stored_layers(quantized)
+        ready = {n for n, own in stored.items() if is_stored_so(own, layers.get(n + comfy.WEIGHT))}
+        anew = {_told(choice) for choice in choices if choice.how is not None} & set(were) - ready
+        if ready and not {name.removesuffix(comfy.WEIGHT) for name in layers} - ready:
+            notes = tuple(
+                _note(c, None) | ({"reason": _READY} if _told(c) in ready else {}) for c in choices
+            )
+            return replace(quantized, notes=notes)  # nothing is done, so no stage says so
         if anew and anew != set(were):
             plain = Dequantize(layers=tuple(sorted(anew))).apply(quantized)
         model = self.apply(plain if anew else quantized)
         # What a layer saves is counted from what the file holds of it.
-        notes = [
-            {**note, "nbytes": were[note["layer"]]["nbytes"]} if note["layer"] in anew else note
-            for note in model.notes
-        ]
-        return replace(model, notes=tuple(notes))
+        told: list[Mapping[str, Any]] = []
+        for note in model.notes:
+            if note["layer"] in anew:
+                note = {**note, "nbytes": were[note["layer"]]["nbytes"]}
+            elif note["layer"] in ready:
+                note = {**note, "reason": _READY}
+            told.append(note)
+        return replace(model, notes=tuple(told))
 
     def _planned(
         self, source: Checkpoint, resolver: Resolver, rules: Sequence[Rule]

@@ -721,7 +721,7 @@ def test_requantizing_gives_the_same_integers(tmp_path: Path, scaling: str) -> N
     a bit: 127 s / 127 may round."""
     base = opened(tmp_path / "base.safetensors", make.model(dim=128))
     first = _kept(cq_quant.quantize(base, optimizer="rtn", scaling=scaling), tmp_path)
-    again = cq_quant.quantize(first, optimizer="rtn", scaling=scaling, requantize=True)
+    again = cq_quant.quantize(Dequantize().apply(first), optimizer="rtn", scaling=scaling)
     assert first.specs == again.specs
     for name in first.specs:
         if name.endswith("weight_scale"):
@@ -734,11 +734,43 @@ def test_requantizing_rotated_layers_gives_the_same_integers_but_for_ties(tmp_pa
     """Rotating back and forth again sums in float32: 1 code in 10 000 may move, by one step."""
     base = opened(tmp_path / "base.safetensors", make.model(dim=256))
     first = _kept(cq_quant.quantize(base, optimizer="quip"), tmp_path)
-    again = cq_quant.quantize(first, optimizer="quip", requantize=True)
+    again = cq_quant.quantize(Dequantize().apply(first), optimizer="quip")
     for layer_name in make.quantized_names():
         one, two = (model.read(f"{layer_name}.weight").int() for model in (first, again))
         assert int((one - two).abs().max()) <= 1
         assert int((one != two).sum()) <= one.numel() // 10_000
+
+
+@pytest.mark.parametrize("name", STORING)
+def test_layers_that_are_stored_so_already_are_handed_on_unread(tmp_path: Path, name: str) -> None:
+    """The same integers, scales and markers, in every format and scaling; what is asked for
+    otherwise, or not quantized yet, is quantized."""
+    base = opened(tmp_path / "base.safetensors", make.model(dim=256))
+    plug = catalog.load("formats", name)
+    words: dict[str, Any] = {"format": name, "allow_custom_loader": True}
+    for scaling in plug.scalings:
+        some = cq_quant.quantize(base, **words, scaling=scaling, only=["blocks.0.*"])
+        first = _kept(some, tmp_path)
+        same = cq_quant.quantize(
+            first, **words, scaling=scaling, requantize=True, only=["blocks.0.*"]
+        )
+        assert all(same.part(tensor) is first.part(tensor) for tensor in first.specs)
+        assert same.manifest() == first.manifest()
+        assert {n["reason"] for n in same.notes if n["layer"].startswith("blocks.0.mlp")} == {
+            "is stored so already"
+        }
+        more = cq_quant.quantize(first, **words, scaling=scaling, requantize=True)
+        whole = cq_quant.quantize(base, **words, scaling=scaling)
+        assert more.specs == whole.specs
+        again = manifest.load(json.dumps(more.manifest()).encode(), where="-")
+        assert make.same(again.read("blocks.1.mlp.0.weight"), more.read("blocks.1.mlp.0.weight"))
+        assert more.part("blocks.0.mlp.0.weight") is first.part("blocks.0.mlp.0.weight")
+        assert make.same(more.read("blocks.1.mlp.0.weight"), whole.read("blocks.1.mlp.0.weight"))
+        other = "float8_e4m3fn" if name != "float8_e4m3fn" else "int8_tensorwise"
+        changed = cq_quant.quantize(first, format=other, requantize=True)
+        assert changed.read_bytes("blocks.0.mlp.0.comfy_quant") != first.read_bytes(
+            "blocks.0.mlp.0.comfy_quant"
+        )
 
 
 def test_quantizing_a_quantized_checkpoint_says_what_it_holds(quantized: Path) -> None:
