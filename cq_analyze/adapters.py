@@ -20,6 +20,15 @@ from cq.core import catalog, families, text
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import TensorSpec
 
+_USO = "USO"  # whose names of Flux's layers are those of attention processors
+_PROCESSORS = (
+    (".processor.qkv_lora1", ".img_attn.qkv"),
+    (".processor.qkv_lora2", ".txt_attn.qkv"),
+    (".processor.proj_lora1", ".img_attn.proj"),
+    (".processor.proj_lora2", ".txt_attn.proj"),
+    (".processor.qkv", ".linear1"),
+    (".processor.proj", ".linear2"),
+)
 # Ending of a target's tensor: kind, spelling, and the axis that has the rank, None without one.
 # The first ending that fits decides. `down` factors have the rank in front, `up` factors behind.
 _ENDINGS: tuple[tuple[str, str, str, int | None], ...] = (
@@ -28,6 +37,10 @@ _ENDINGS: tuple[tuple[str, str, str, int | None], ...] = (
     (".lora_mid.weight", "LoRA", "kohya", None),
     ("_lora.down.weight", "LoRA", "diffusers", 0),
     ("_lora.up.weight", "LoRA", "diffusers", None),
+    ("_lora1.down.weight", "LoRA", _USO, 0),
+    ("_lora1.up.weight", "LoRA", _USO, None),
+    ("_lora2.down.weight", "LoRA", _USO, 0),
+    ("_lora2.up.weight", "LoRA", _USO, None),
     (".lora.down.weight", "LoRA", "diffusers", 0),
     (".lora.up.weight", "LoRA", "diffusers", None),
     (".lora_linear_layer.down.weight", "LoRA", "diffusers", 0),
@@ -40,6 +53,8 @@ _ENDINGS: tuple[tuple[str, str, str, int | None], ...] = (
     (".lora_B", "LoRA", "PEFT", None),
     (".lora_magnitude_vector.weight", "DoRA", "PEFT", None),
     (".lora_magnitude_vector", "DoRA", "PEFT", None),
+    (".lora_magnitude_vector.default.weight", "DoRA", "PEFT", None),
+    (".lora_magnitude_vector.default", "DoRA", "PEFT", None),
     (".dora_scale", "DoRA", "LyCORIS", None),
     (".hada_w1_a", "LoHa", "LyCORIS", None),
     (".hada_w1_b", "LoHa", "LyCORIS", 0),
@@ -59,14 +74,21 @@ _ENDINGS: tuple[tuple[str, str, str, int | None], ...] = (
     (".b1.weight", "GLoRA", "LyCORIS", None),
     (".b2.weight", "GLoRA", "LyCORIS", None),
     (".oft_blocks", "OFT", "LyCORIS", None),
-    (".oft_diag", "OFT", "LyCORIS", None),
-    (".oft_R.weight", "OFT", "PEFT", None),
+    (".oft_diag", "diagonal OFT", "LyCORIS", None),
+    (".oft_R.weight", "PEFT's OFT", "PEFT", None),
+    (".w_norm", "norm", "LyCORIS", None),
+    (".b_norm", "norm", "LyCORIS", None),
     (".diff_b", "diff", "LyCORIS", None),
     (".diff", "diff", "LyCORIS", None),
-    (".set_weight", "diff", "LyCORIS", None),
+    (".set_weight", "set_weight", "LyCORIS", None),
 )
 _ALPHA = ".alpha"
-_BESIDE = (_ALPHA, ".rescale", ".w_norm", ".b_norm", ".reshape_weight")
+_BESIDE = (_ALPHA, ".rescale", ".reshape_weight", ".lora_B.bias", ".lora_B.default.bias")
+_DIFFERENCES = {"diff", "norm", "set_weight"}
+_OFT_BLOCKS, _BUTTERFLY = ".oft_blocks", "BOFT"  # which has blocks in stages: four dimensions
+# Black Forest Labs' control adapters: the names by which they are told, and the gains they bring.
+_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+_GAIN = "_norm.scale"
 _ENDING = re.compile("(?:" + "|".join(re.escape(ending) for ending, *_ in _ENDINGS) + ")$")
 _ANY_ENDING = tuple(ending for ending, *_ in _ENDINGS)
 _KINDS = {ending: (kind, spelling, axis) for ending, kind, spelling, axis in _ENDINGS}
@@ -74,19 +96,18 @@ _TEXT_ENCODER = re.compile(
     r"(?:base_model\.model\.)?(?:lora_te\d?_|lora_prior_te_|text_encoders?(?:_\d)?\.|te\d?\."
     r"|clip_[lgh]\.|t5xxl\.|conditioner\.|cond_stage_model\.)"
 )
-_UNDERSCORED = re.compile(r"lora_unet_|lora_transformer_|lora_prior_unet_|lycoris_")
+_UNDERSCORED = re.compile(r"lora_unet__?|oft_unet_|lora_transformer_|lora_prior_unet_|lycoris_")
 _DOTTED = re.compile(
     r"(?:(?:base_model\.model|model\.diffusion_model|diffusion_model|transformer|unet|net)\.)+"
 )
+_LAYER = re.compile(r"\.(?:weight|bias|scale)$")
 _UNDERSCORED_NUMBER = re.compile(r"(^|_)\d+(?=_)")
-# Whole models in names of the diffusers library, which no family's own layers have.
-_DIFFUSERS = (
-    (re.compile(r"(?:down|up)_blocks[._]\d+[._](?:attentions|resnets)[._]"), "a U-Net"),
-    (re.compile(r"single_transformer_blocks[._]\d+[._]"), "FLUX"),
-    (re.compile(r"joint_transformer_blocks[._]\d+[._]"), "AuraFlow"),
-)
+# Models that are no family here, by names of the diffusers library.
+_OTHERS = ((re.compile(r"joint_transformer_blocks[._]\d+[._]"), "AuraFlow"),)
+# U-Nets have the same names; what their cross attention reads tells them apart.
 _CROSS_ATTENTION = re.compile(r"attn2[._]to_k$")
-_UNETS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+_UNETS = {"sd15": 768, "sdxl": 2048}
+_NO_FAMILY = {1024: "Stable Diffusion 2"}
 _SCALARS = {"F16": "<e", "F32": "<f", "F64": "<d", "I32": "<i", "I64": "<q"}
 
 
@@ -116,8 +137,9 @@ class AdapterFile:
     `kinds` counts its targets by kind, `spellings` by who writes such names, `prefixes` by what
     stands before a layer's name. `ranks` and `alphas` count targets by rank and alpha; `scales` are
     the least and greatest alpha / rank, None without an alpha. `fits` are the families that most
-    targets of the model itself are layers of, the best first; if there is none, `names_of` may be
-    the model whose layers the diffusers library names so. `unrecognized` are tensors of no known
+    targets of the model itself are layers of, by any of the layers' names, the best first; where
+    one knows all targets, those that do not are left out. If there is none, `names_of` may be a
+    model that is no family whose layers have such names. `unrecognized` are tensors of no known
     kind, `merges` the kinds that this cq merges.
     """
 
@@ -154,7 +176,7 @@ class AdapterFile:
 
 def describe(checkpoint: Checkpoint) -> AdapterFile | None:
     """What the adapter file is; None if most of its tensors are no adapter's."""
-    found = _Found()
+    found = _Found(control=all(name in checkpoint.specs for name in _CONTROL))
     for name, spec in checkpoint.specs.items():
         found.add(name, spec)
     if 2 * found.tensors <= len(checkpoint.specs):
@@ -165,7 +187,10 @@ def describe(checkpoint: Checkpoint) -> AdapterFile | None:
     kinds = Counter(_kind(own) for own in found.kinds.values())
     targets = {key: _Target.of(key) for key in found.kinds}
     model = [target for target in targets.values() if not target.text_encoder]
-    fits = tuple(_fits(model))
+    width = _width(model, found.columns)
+    # Differences are also of norms and single tensors, which families do not list as layers.
+    layers = [target for target in model if found.kinds[target.key] - _DIFFERENCES]
+    fits = tuple(_fits(layers or model, width))
     return AdapterFile(
         kinds=dict(kinds.most_common()),
         spellings=dict(Counter(found.spelling.values()).most_common()),
@@ -176,7 +201,7 @@ def describe(checkpoint: Checkpoint) -> AdapterFile | None:
         alphas=dict(sorted(Counter(known.values()).items())),
         scales=(min(scales), max(scales)) if scales else None,
         fits=fits,
-        names_of=None if fits else _names_of(model, found.columns),
+        names_of=None if fits else _names_of(model, width),
         unrecognized=tuple(sorted(found.unrecognized)),
         merges=tuple(kind for kind in kinds if kind.lower() in catalog.names("adapters")),
     )
@@ -185,7 +210,8 @@ def describe(checkpoint: Checkpoint) -> AdapterFile | None:
 class _Found:
     """An adapter's targets by their keys, gathered tensor by tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, control: bool) -> None:
+        self.control = control
         self.tensors = 0
         self.kinds: dict[str, set[str]] = {}
         self.spelling: dict[str, str] = {}
@@ -201,13 +227,20 @@ class _Found:
         if match is None:
             if name.endswith(_ALPHA):
                 self.alphas[name.removesuffix(_ALPHA)] = name
-            if name.endswith(_BESIDE):
+            if self.control and name.endswith(_GAIN):
+                self.tensors += 1
+                self.kinds.setdefault(name.removesuffix(".scale"), set()).add("set_weight")
+            elif name.endswith(_BESIDE):
                 self.tensors += 1
             else:
                 self.unrecognized.append(name)
             return
-        key = name[: match.start()]
         kind, spelling, axis = _KINDS[match[0]]
+        key = name[: match.start()]
+        if spelling == _USO:
+            key += match[0].partition(".")[0]
+        if match[0] == _OFT_BLOCKS and len(spec.shape) == 4:
+            kind = _BUTTERFLY
         self.tensors += 1
         if kind != "DoRA" or key not in self.spelling:
             self.spelling[key] = spelling  # of the factors, rather than of their magnitude
@@ -231,7 +264,12 @@ class _Target(NamedTuple):
         text_encoder = _TEXT_ENCODER.match(key)
         prefix = text_encoder or _UNDERSCORED.match(key) or _DOTTED.match(key)
         before = prefix[0] if prefix else ""
-        folded = _underscored(text.folded(key[len(before) :]))
+        own = key[len(before) :]
+        for other, native in _PROCESSORS:
+            if own.endswith(other):
+                own = own.removesuffix(other) + native
+        own = own.replace(".processor.", ".").replace("_processor_to_", "_to_")
+        folded = _underscored(text.folded(own))
         return cls(key, before, folded, text_encoder is not None)
 
 
@@ -243,7 +281,7 @@ def _kind(own: set[str]) -> str:
     """A layer's kind; a bias or a magnitude beside factors only extends theirs."""
     if "DoRA" in own:
         return "DoRA"
-    return min(own - {"diff"}, default="diff")
+    return min(own - _DIFFERENCES, default=min(own))
 
 
 def _scalar(checkpoint: Checkpoint, name: str) -> float | None:
@@ -259,26 +297,51 @@ def _scalar(checkpoint: Checkpoint, name: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _fits(targets: Sequence[_Target]) -> list[Fit]:
+def _fits(targets: Sequence[_Target], width: int | None) -> list[Fit]:
     counts = Counter(target.folded for target in targets)
     fits = []
     for name in families.names():
         family = families.load(name)
-        layers = {_underscored(layer) for layer in family.layers}
-        known = sum(count for folded, count in counts.items() if folded in layers)
-        if family.kind == "diffusion" and 2 * known > len(targets):
+        if family.kind != "diffusion" or (width is not None and width != _UNETS.get(name, width)):
+            continue
+        layers = _layers(family)
+        known = sum(
+            count
+            for folded, count in counts.items()
+            if folded in layers or (folded.endswith("_to_out") and folded + "_0" in layers)
+        )
+        if 2 * known > len(targets):
             fits.append(Fit(family=name, title=family.title, known=known, targets=len(targets)))
+    best = max((fit.known for fit in fits), default=0)
+    if best == len(targets):
+        fits = [fit for fit in fits if fit.known == best]
     return sorted(fits, key=lambda fit: (-fit.known, fit.family))
 
 
-def _names_of(targets: Sequence[_Target], columns: Mapping[str, int]) -> str | None:
-    """The model whose layers have names of the diffusers library."""
-    for pattern, model in _DIFFUSERS:
-        if not any(pattern.match(t.key[len(t.prefix) :]) for t in targets):
-            continue
-        widths = {
-            columns[t.key] for t in targets if _CROSS_ATTENTION.search(t.key) and t.key in columns
-        }
-        width = widths.pop() if len(widths) == 1 else None
-        return _UNETS.get(width, model) if width is not None and model == "a U-Net" else model
-    return None
+def _layers(family: families.Family) -> set[str]:
+    """The family's layers by all of their names, folded as those of targets are."""
+    natives = {_underscored(layer) for layer in family.layers}
+    # A family that is written as another one inherits names of layers that it has not.
+    lines = (line for line in family.dialect.lines if _plain(line.native) in natives)
+    others = {_plain(name.pattern) for line in lines for c in line.choices for name in c}
+    return natives | others
+
+
+def _plain(name: str) -> str:
+    return _underscored(_LAYER.sub("", text.folded(name)))
+
+
+def _width(targets: Sequence[_Target], columns: Mapping[str, int]) -> int | None:
+    """What a U-Net's cross attention reads; None if no target tells."""
+    widths = {
+        columns[t.key] for t in targets if _CROSS_ATTENTION.search(t.key) and t.key in columns
+    }
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _names_of(targets: Sequence[_Target], width: int | None) -> str | None:
+    """A model that is no family and has such names."""
+    for pattern, model in _OTHERS:
+        if any(pattern.match(t.key[len(t.prefix) :]) for t in targets):
+            return model
+    return None if width is None else _NO_FAMILY.get(width)

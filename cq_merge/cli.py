@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -157,6 +157,20 @@ def register(app: typer.Typer) -> None:
             engine=engine,
         )
         if extract is not None:
+            _refuse_beside_extract(
+                {
+                    "--scale": scale != 1.0,
+                    "--dampen": dampen is not None,
+                    "--method": method != "sum",
+                    "--density": density is not None,
+                    "--alpha": alpha is not None,
+                    "--as-comfyui": as_comfyui,
+                    "--map": names is not None,
+                    "--allow-unmatched": allow_unmatched,
+                    "--keep-format": keep_format,
+                    "--explain": explain,
+                }
+            )
             return _extract(
                 _Extraction(extract, origin, 32 if rank is None else rank, dtype or "fp16", seed),
                 [word for word in (base, *(adapters or ())) if word is not None],
@@ -212,6 +226,16 @@ class _Extraction(NamedTuple):
     rank: int
     dtype: str
     seed: int
+
+
+def _refuse_beside_extract(given: Mapping[str, bool]) -> None:
+    """Raises: UsageError if there is an option for merging."""
+    stray = next((option for option, is_given in given.items() if is_given), None)
+    if stray is not None:
+        raise UsageError(
+            f"`--extract` merges nothing, so `{stray}` has no meaning beside it",
+            hint=f"leave `{stray}` out",
+        )
 
 
 def _extract(wanted: _Extraction, words: Sequence[str], asked: Any) -> int:

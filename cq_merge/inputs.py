@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ _KEYS = ("path", "strength", "config", *FINGERPRINT)
 _PEFT_STEM = "adapter_model"  # as PEFT names what stands beside its `adapter_config.json`
 _PEFT_CONFIG = "adapter_config.json"
 _LARGEST_CONFIG = 1 << 20
+_NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)")
 
 AdapterWord = str | os.PathLike[str]
 """A path, or as a string `path:strength`."""
@@ -68,7 +71,15 @@ def parse_adapter(text: str) -> tuple[str, float]:
     ('style.safetensors', 1.0)
     """
     path, colon, word = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
+    if Path(text).exists():
+        return text, 1.0
+    if not path and _NUMBER.fullmatch(word):
+        raise UsageError(
+            f"`{text}` is no adapter",
+            hint="a strength is written behind the adapter's name, as in `style.safetensors:0.8`",
+            code="usage.strength",
+        )
+    if not colon or not path:
         return text, 1.0
     try:
         strength = float(word)
@@ -109,16 +120,35 @@ def finite(value: float, what: str) -> float:
 
 def opened(path: str, strength: float) -> AdapterFile:
     """The adapter at `path`, with what a PEFT configuration beside it says. Raises: InputError."""
-    source = open_source(path)
+    source = _opened(path)
     return _file(source, strength, _config_beside(source.path))
 
 
 def opened_origin(path: str | os.PathLike[str]) -> Origin:
     """The checkpoint at `path`. Raises: InputError."""
-    source = open_source(path)
+    source = _opened(path)
     return Origin(
         path=os.path.abspath(source.path), fingerprint=source.fingerprint(), source=source
     )
+
+
+def _opened(path: str | os.PathLike[str]) -> Source:
+    """The file at `path`. Raises: InputError, which says more of what only BASE can be."""
+    try:
+        return open_source(path)
+    except InputError as error:
+        if os.fspath(path) == "-":
+            error.hint = "`-` can stand for BASE alone"
+        elif error.code == "input.header" and _is_json(path):
+            error.hint = "only BASE can be a manifest: write its result first, with"
+            error.hint += " `cq run MANIFEST -o FILE`"
+        raise
+
+
+def _is_json(path: str | os.PathLike[str]) -> bool:
+    with suppress(OSError), Path(path).open("rb") as file:
+        return file.read(64).lstrip().startswith(b"{")
+    return False
 
 
 def from_manifest(entry: Any) -> AdapterFile:

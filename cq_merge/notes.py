@@ -23,13 +23,17 @@ _LARGEST_SCALE = 4.0
 class AdapterPlan:
     """One adapter: its changes with the rows that they belong to, and the keys without any.
 
-    `placed` are the changes by tensor, with the adapter's effective strength.
+    `left_out` are the numbers of those that are not made although they match, `said` remarks on how
+    they stand to each other. `placed` are the changes by tensor, with the adapter's effective
+    strength.
     """
 
     file: AdapterFile
     kinds: tuple[str, ...]
     matched: tuple[tuple[Change, tuple[Target, ...]], ...]
     unmatched: tuple[str, ...]
+    left_out: frozenset[int] = frozenset()
+    said: tuple[str, ...] = ()
     strength: float = 0.0
     placed: tuple[tuple[str, Placed], ...] = ()
 
@@ -52,6 +56,7 @@ class AdapterPlan:
     def remarks(self) -> Iterator[str]:
         """Sentences on what is odd, or other than in ComfyUI, with the number of layers."""
         told = Counter(remark for change, _ in self.matched for remark in change.remarks)
+        told.update(self.said)
         for remark, count in told.items():
             yield f"{remark} ({count} {'layer' if count == 1 else 'layers'})"
         scales = {

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from cq.core import catalog, comfy, select
 from cq.core.checkpoint import Checkpoint, Part, Stage, from_source, narrowed
 from cq.core.dtypes import TensorSpec
-from cq.core.errors import PlanError
+from cq.core.errors import PlanError, UsageError
 from cq.core.names import Names, Target
 from cq.core.source import Source
 from cq.core.text import printable
@@ -25,6 +25,7 @@ from cq_merge.adapters.checkpoint import CheckpointChange
 from cq_merge.contents import Contents
 from cq_merge.methods import Method
 from cq_merge.notes import AdapterPlan, layer_of
+from cq_merge.precedence import Claimed, doubled, superseded
 from cq_merge.weights import Merged, Placed
 
 DAMPENING = 0.9  # of each adapter against the one before it
@@ -98,8 +99,15 @@ class MergeStage:
 
     def plan(self, source: Checkpoint) -> MergePlan:
         """What each adapter changes. Raises: PlanError if an adapter does not fit, InputError if it
-        is not sound."""
-        return MergePlan(source, self, tuple(self._match(source)))
+        is not sound, UsageError if there is an origin and no whole model."""
+        adapters = tuple(self._match(source))
+        if self.origin is not None and not any(kinds.CHECKPOINT in a.kinds for a in adapters):
+            raise UsageError(
+                f"`{printable(self.origin.path)}` is what whole models would differ from, and no"
+                " adapter is one",
+                hint="leave `--from` out",
+            )
+        return MergePlan(source, self, adapters)
 
     def apply(self, source: Checkpoint) -> Checkpoint:
         """The merged checkpoint. Raises: as `plan`; PlanError if a weight to be changed is
@@ -128,12 +136,13 @@ class MergeStage:
             claims = kinds.claim_all(adapter.contents, reading)
             if any(kind == kinds.CHECKPOINT for kind, _ in claims):
                 claims = self._second_model(adapter, claims)
-            found = _matched(adapter, claims, names, source)
+            found = _matched(adapter, claims, names, source, as_comfyui=self.as_comfyui)
             if found.unmatched and not (found.matched and self.allow_unmatched):
                 raise _unmatched(adapter.contents, names, source, found, len(claims))
             placed = [
                 (target.tensor, Placed(change, number, strength, *target[1:]))
-                for change, targets in found.matched
+                for n, (change, targets) in enumerate(found.matched)
+                if n not in found.left_out
                 for target in targets
             ]
             yield replace(found, strength=strength, placed=tuple(placed))
@@ -206,10 +215,12 @@ def _matched(
     claims: Sequence[tuple[str, kinds.Change]],
     names: Names,
     source: Checkpoint,
+    *,
+    as_comfyui: bool,
 ) -> AdapterPlan:
-    matched: list[tuple[kinds.Change, tuple[Target, ...]]] = []
+    matched: list[Claimed] = []
     unmatched: list[str] = []
-    for _, change in claims:
+    for kind, change in claims:
         places = names.find(change.key, change.parameter)
         if len(places) > 1:
             raise PlanError(
@@ -222,12 +233,17 @@ def _matched(
             )
         if places:
             _check_fit(adapter.contents, change, source, places[0])
-            matched.append((change, places[0]))
+            matched.append((kind, change, places[0]))
         else:
             unmatched.append(change.key)
-    found = tuple(sorted({kind for kind, _ in claims}))
+    left_out = dict(superseded(matched))
     return AdapterPlan(
-        file=adapter, kinds=found, matched=tuple(matched), unmatched=tuple(unmatched)
+        file=adapter,
+        kinds=tuple(sorted({kind for kind, _ in claims})),
+        matched=tuple((change, place) for _, change, place in matched),
+        unmatched=tuple(unmatched),
+        left_out=frozenset(left_out) if as_comfyui else frozenset(),
+        said=(*left_out.values(), *doubled(matched)),
     )
 
 
@@ -284,7 +300,12 @@ def _unmatched(
         return PlanError(
             f"{_shown(source)} is an adapter itself, so nothing can be merged into it",
             where=source.sources[0].shown,
-            hint=f"the model comes first: `cq merge MODEL {printable(source.sources[0].shown)}`",
+            hint="the model comes first: "
+            + (
+                f"`cq merge {printable(adapter.shown)} {printable(source.sources[0].shown)}`"
+                if kinds.CHECKPOINT in found.kinds
+                else "`cq merge MODEL ADAPTER ADAPTER` merges both"
+            ),
             code="plan.adapter_base",
         )
     first = found.unmatched[0]
@@ -293,7 +314,7 @@ def _unmatched(
     components = {names.component_of(key) for key in found.unmatched}
     component = components.pop() if len(components) == 1 else None
     if component is not None and not names.holds(component):
-        what = f"the {len(found.unmatched)} others" if matched else "all its keys"
+        what = "its other keys" if matched else "all its keys"
         hints = [f"{what} are for a {component}, and {_shown(source)} holds none that cq knows;"]
     else:
         hints = [names.near(first)]

@@ -104,10 +104,8 @@ class Merged:
 
     def _shape_for(self, placed: Placed) -> tuple[int, ...]:
         """The tensor's shape as that change takes it: larger, if it makes it grow."""
-        return placed.change.shape(self.before.shape) if self._grows(placed) else self.before.shape
-
-    def _grows(self, placed: Placed) -> bool:
-        return (placed.start, placed.count) == (0, self._height)
+        # What is placed on some rows alone is refused if it does that.
+        return placed.change.shape(self.before.shape)
 
     @property
     def shown(self) -> str:

@@ -339,10 +339,15 @@ def test_an_adapter_that_fits_nothing_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "model"), [(768, "Stable Diffusion 1.5"), (2048, "Stable Diffusion XL")]
+    ("width", "families", "model"),
+    [
+        (768, ["sd15"], None),
+        (2048, ["sdxl"], None),
+        (1024, [], "Stable Diffusion 2"),
+    ],
 )
-def test_a_lora_in_diffusers_names_says_of_which_model(
-    width: int, model: str, tmp_path: Path
+def test_a_lora_of_a_unet_says_of_which_by_what_its_cross_attention_reads(
+    width: int, families: list[str], model: str | None, tmp_path: Path
 ) -> None:
     key = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
     tensors = {
@@ -351,8 +356,92 @@ def test_a_lora_in_diffusers_names_says_of_which_model(
         f"{key}.alpha": torch.tensor(4.0),
     }
     path = make.save(tmp_path / "a.safetensors", tensors)
-    assert analysis(path)["adapter"]["names_of"] == model
-    assert f"fits {model}: its layers' names are those of the diffusers" in run("analyze", path).out
+    adapter = analysis(path)["adapter"]
+    assert [fit["family"] for fit in adapter["fits"]] == families
+    assert adapter["names_of"] == model
+    if model is not None:
+        told = f"fits {model}: its layers' names are those of the diffusers"
+        assert told in run("analyze", path).out
+
+
+@pytest.mark.parametrize(
+    ("keys", "family"),
+    [
+        (["transformer.single_transformer_blocks.3.attn.to_q"], "flux1"),
+        (["transformer.layers.3.attention.to_out.0"], "z-image"),
+        (["transformer.joint_blocks.3.x_block.attn.proj"], "sd3"),
+        (["base_model.model.transformer_blocks.3.attn.add_q_proj"], "sd3"),
+        (["lora_unet__blocks_3_cross_attn_k"], "wan"),
+        (["transformer.blocks.3.attn2.to_out.0"], "wan"),
+        (["unet.up_blocks.1.attentions.0.transformer_blocks.0.attn1.processor.to_out"], "sdxl"),
+        (["oft_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"], "sdxl"),
+        (["single_blocks.3.processor.qkv", "single_blocks.3.processor.proj"], "flux1"),
+    ],
+)
+def test_an_adapter_fits_by_every_name_that_merge_takes(
+    keys: list[str], family: str, tmp_path: Path
+) -> None:
+    tensors = {}
+    for key in keys:
+        tensors |= {
+            f"{key}_lora.down.weight": SMALL.clone(),
+            f"{key}_lora.up.weight": LARGE.clone(),
+        }
+    adapter = analysis(make.save(tmp_path / "a.safetensors", tensors))["adapter"]
+    fits = {fit["family"]: fit["known"] for fit in adapter["fits"]}
+    assert fits.get(family) == len(keys)
+    # Only those are listed that know all of it.
+    assert set(fits.values()) == {len(keys)}
+
+
+def test_differences_of_norms_do_not_count_against_a_family(tmp_path: Path) -> None:
+    block = "diffusion_model.blocks.0."
+    tensors = {f"{block}norm3.diff": LARGE[:, 0].clone(), f"{block}modulation.diff": LARGE.clone()}
+    tensors[f"{block}self_attn.q.lora_down.weight"] = SMALL.clone()
+    tensors[f"{block}self_attn.q.lora_up.weight"] = LARGE.clone()
+    adapter = analysis(make.save(tmp_path / "a.safetensors", tensors))["adapter"]
+    assert "wan" in {fit["family"] for fit in adapter["fits"]}
+    assert adapter["kinds"] == {"diff": 2, "LoRA": 1}
+
+
+def test_whole_file_layouts_are_told(tmp_path: Path) -> None:
+    control = {
+        "img_in.lora_A.weight": SMALL.clone(),
+        "img_in.lora_B.weight": LARGE.clone(),
+        "img_in.lora_B.bias": LARGE[:, 0].clone(),
+        **{f"single_blocks.{i}.norm.key_norm.scale": LARGE[:, 0].clone() for i in range(9)},
+    }
+    adapter = analysis(make.save(tmp_path / "control.safetensors", control))["adapter"]
+    assert adapter["kinds"] == {"set_weight": 9, "LoRA": 1}
+    assert (adapter["unrecognized"], set(adapter["merges"])) == ([], {"set_weight", "LoRA"})
+    uso = {}
+    for layer in ("qkv_lora1", "qkv_lora2", "proj_lora1", "proj_lora2"):
+        uso[f"double_blocks.0.processor.{layer}.down.weight"] = SMALL.clone()
+        uso[f"double_blocks.0.processor.{layer}.up.weight"] = LARGE.clone()
+    adapter = analysis(make.save(tmp_path / "uso.safetensors", uso))["adapter"]
+    assert (adapter["targets"], adapter["kinds"]) == (4, {"LoRA": 4})
+    assert ("flux1", 4) in {(fit["family"], fit["known"]) for fit in adapter["fits"]}
+
+
+@pytest.mark.parametrize(
+    ("ending", "shape", "kind", "merged"),
+    [
+        (".oft_blocks", (2, 32, 32), "OFT", True),
+        (".oft_blocks", (2, 2, 32, 32), "BOFT", True),
+        (".oft_diag", (64,), "diagonal OFT", False),
+        (".oft_R.weight", (64, 16), "PEFT's OFT", False),
+        (".w_norm", (64,), "norm", True),
+        (".set_weight", (64,), "set_weight", True),
+        (".lora_magnitude_vector.default.weight", (64,), "DoRA", True),
+    ],
+)
+def test_an_adapter_says_whether_merge_takes_its_kind(
+    ending: str, shape: tuple[int, ...], kind: str, merged: bool, tmp_path: Path
+) -> None:
+    tensors = {KOHYA + ending: torch.ones(shape)}
+    adapter = analysis(make.save(tmp_path / "a.safetensors", tensors))["adapter"]
+    assert adapter["kinds"] == {kind: 1}
+    assert adapter["merges"] == ([kind] if merged else [])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -274,6 +275,17 @@ def test_the_refusal_of_diffusers_names_points_to_the_option(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("skeleton", ["hunyuan-video-13b", "cosmos-predict2-2b-t2i", "ltxv-2b"])
+def test_diffusers_names_that_comfyui_does_not_rename_are_refused_too(skeleton: str) -> None:
+    sources = cq.open(processes.BASE).sources  # for a name to be shown
+    source = replace(unread(diffusers_specs(skeleton)), sources=sources)
+    with pytest.raises(PlanError, match="by which ComfyUI loads no quantized model") as caught:
+        cq_quant.quantize(source)
+    assert "--native-names" in str(caught.value.hint)
+    assert cq_quant.quantize(source, format="fp16").specs
+    assert cq_quant.quantize(NativeNames().apply(source)).specs
+
+
 def test_cq_quant_takes_native_names_through_a_pipe(tmp_path: Path) -> None:
     _, diffusers = finite(tmp_path)
     ran = processes.cq("quant", diffusers, "--native-names", "--defer")

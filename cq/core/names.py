@@ -50,6 +50,7 @@ class _Spelling(NamedTuple):
 _SPELLINGS = (
     _Spelling("lora_unet__", _DIFFUSION, underscored=True),  # Wan Fun
     _Spelling("lora_unet_", _DIFFUSION, underscored=True),
+    _Spelling("oft_unet_", _DIFFUSION, underscored=True),  # sd-scripts' OFT
     _Spelling("lora_prior_unet_", _DIFFUSION, underscored=True),
     _Spelling("lora_transformer_", _DIFFUSION, underscored=True),
     _Spelling("lycoris_", _DIFFUSION, underscored=True),
@@ -156,6 +157,12 @@ class Names:
         }
         spell = str if spelled is None or not spelled.underscored else _underscored
         return select.nearest(key, [prefix + spell(name) for name in names])
+
+    def holds(self, kind: str) -> bool:
+        """Whether a component of that kind is known here. What is of no known kind may be a
+        diffusion model."""
+        kinds = {model.kind for model in self._models}
+        return kind in kinds or (kind == _DIFFUSION and "other" in kinds)
 
     def component_of(self, key: str) -> str | None:
         """The kind of component that `key` is for, whether the checkpoint holds one or not
