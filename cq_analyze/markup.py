@@ -1,7 +1,8 @@
-"""What the HTML pages of reports have in common: style, script, head, tables and cells.
+"""What the HTML pages of reports have in common: style, scripts, head, charts, tables and cells.
 
-Owns the look of a page that needs nothing else: no font, script or picture is fetched. Names come
-from files that anybody may have made, so every text is escaped, and none gets into the script.
+Owns the look of a page that needs nothing else: no font, script or picture is fetched, plotly.js
+stands in the page if it has charts. Names come from files that anybody may have made, so every text
+is escaped, and none gets into the script: charts are data beside their element.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from html import escape
 from cq.cli.output import size
 from cq.core.text import printable
 from cq.version import VERSION
-from cq_analyze.chart import color, dash
+from cq_analyze.chart import Chart, library
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c1e21;--dim:#666;--line:#d5d8dc;--back:#fff;--soft:#f3f5f7}
@@ -27,19 +28,38 @@ th,td{padding:.2em .6em;text-align:right;border-bottom:1px solid var(--line);whi
 th:first-child,td:first-child{text-align:left}thead th{background:var(--soft);position:sticky;top:0}
 .sortable th{cursor:pointer}
 .words th,.words td{text-align:left;white-space:normal;overflow-wrap:anywhere}
-.kept td{color:var(--dim)}.bar{display:inline-block;height:.7em;background:#2f7fd6}
-svg{width:100%;height:auto}svg text{font-size:11px;fill:var(--dim)}
-.grid{stroke:var(--line);fill:none}.series path{fill:none;stroke-width:2}
-.series .dots{stroke-width:4;stroke-linecap:round;opacity:.45}
-.legend label{display:inline-block;margin-right:1.2em}.legend svg{width:26px;height:10px}
-.legend line{stroke-width:3}figure{margin:1em 0}figure img{max-width:100%}
-pre{overflow-x:auto;background:var(--soft);padding:.6em}
+.words th:first-child,.words td:first-child{white-space:nowrap}
+.kept td{color:var(--dim)}.chart{margin:1em 0;break-inside:avoid}
+figure{margin:1em 0}figure img{max-width:100%}
+:root.paper{color-scheme:light;--ink:#1c1e21;--dim:#555;--line:#bbb;--back:#fff;--soft:#f3f5f7}
+@media print{body{margin:0;max-width:none}.scroll{overflow:visible}.modebar{display:none}
+h2{break-after:avoid}tr,figure{break-inside:avoid}thead th{position:static}
+table{font-size:.68em}th,td{padding:.15em .35em}
+th{white-space:normal;overflow-wrap:anywhere}}
+""".strip()
+
+# Charts take their colors from the style: again when the scheme changes, and those of paper, in its
+# width, for printing.
+_CHARTS = """
+const root=document.documentElement,charts=[...document.querySelectorAll('.chart')];
+const theme=()=>{const style=getComputedStyle(root);
+const at=name=>style.getPropertyValue('--'+name).trim();
+const axis={color:at('dim'),gridcolor:at('line'),linecolor:at('line')};
+return{layout:{font:{color:at('ink'),family:'system-ui,sans-serif',size:12},
+paper_bgcolor:'rgba(0,0,0,0)',plot_bgcolor:'rgba(0,0,0,0)',xaxis:axis,yaxis:axis,
+modebar:{bgcolor:'rgba(0,0,0,0)',color:at('dim'),activecolor:at('ink')},
+hoverlabel:{align:'left',bgcolor:at('soft'),bordercolor:at('dim'),font:{color:at('ink')}}}}};
+for(const box of charts){const{data,layout}=JSON.parse(box.nextElementSibling.textContent);
+Plotly.newPlot(box,data,{...layout,template:theme()},{responsive:true,displaylogo:false,
+displayModeBar:data.length>1?'hover':false,toImageButtonOptions:{format:'svg',filename:box.id},
+modeBarButtonsToRemove:['select2d','lasso2d','zoomIn2d','zoomOut2d','autoScale2d']})}
+const again=more=>{for(const box of charts)Plotly.relayout(box,{template:theme(),...more})};
+matchMedia('(prefers-color-scheme:dark)').addEventListener('change',()=>again());
+addEventListener('beforeprint',()=>{root.classList.add('paper');again({width:900})});
+addEventListener('afterprint',()=>{root.classList.remove('paper');again({width:null,autosize:true})});
 """.strip()
 
 _SCRIPT = """
-for(const box of document.querySelectorAll('[data-shows]'))box.onchange=()=>{for(const g of
-document.querySelectorAll(`[data-series="${box.dataset.shows}"]`))
-g.style.display=box.checked?'':'none'};
 for(const table of document.querySelectorAll('.sortable')){const body=table.tBodies[0];
 table.tHead.onclick=event=>{const th=event.target.closest('th');if(!th)return;
 const at=th.cellIndex,way=th.dataset.way==='1'?-1:1;th.dataset.way=way;
@@ -51,20 +71,32 @@ if(isNaN(x)||isNaN(y))return isNaN(x)-isNaN(y);return way*(x-y)}))}}
 """.strip()
 
 
-def document(title: str, body: Iterable[str], *, pictures: bool = False) -> str:
-    """A whole page; with `pictures` it may hold some, inside itself."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    policy += "; img-src data:" if pictures else ""
-    parts = [
+def document(title: str, body: Iterable[str | Chart]) -> str:
+    """A whole page. Its pictures stand in itself, and its policy lets nothing be fetched."""
+    policy = "default-src 'none'; img-src data:"
+    policy += "; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    parts = [*body]
+    scripts = [library(), _CHARTS] if any(isinstance(part, Chart) for part in parts) else []
+    shown = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         f"<title>{escape(printable(title, 300))}</title><style>{_STYLE}</style></head><body>",
-        *body,
+        *(_chart(part) if isinstance(part, Chart) else part for part in parts),
         f'<p class="dim">made by cq {escape(VERSION)}</p>',
-        f"<script>{_SCRIPT}</script></body></html>",
+        *(f"<script>{script}</script>" for script in [*scripts, _SCRIPT]),
+        "</body></html>",
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(shown) + "\n"
+
+
+def _chart(chart: Chart) -> str:
+    """The element that a chart is drawn in, and its data."""
+    return (
+        f'<div class="chart" id="{escape(chart.name)}" style="height:{chart.height}px" role="img"'
+        f' aria-label="{escape(printable(chart.words, 300))}"></div>'
+        f'<script type="application/json">{chart.figure}</script>'
+    )
 
 
 def table(
@@ -112,16 +144,3 @@ def decibels(value: float | None) -> str:
 def plain(value: float, shown: str) -> str:
     """A cell that sorts by `value`."""
     return f'<td data-value="{value:.6g}">{shown}</td>'
-
-
-def legend(names: Sequence[str]) -> Iterator[str]:
-    """A box for each series of a chart, which shows or hides it."""
-    yield '<p class="legend">'
-    for index, name in enumerate(names):
-        dashes = f' stroke-dasharray="{dash(index)}"' if dash(index) else ""
-        yield (
-            f'<label><input type="checkbox" checked data-shows="{index}"> <svg viewBox="0 0 26 10">'
-            f'<line x1="0" y1="5" x2="26" y2="5" stroke="{color(index)}"{dashes}/></svg>'
-            f" {escape(name)}</label>"
-        )
-    yield "</p>"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 from cq.cli.output import size
 from cq.core.text import printable
-from cq_analyze.chart import Series, chart
+from cq_analyze.chart import Chart, Point, Series, depth_chart, size_chart
 from cq_analyze.deep import OUTLIERS
 from cq_analyze.inventory import ROLES
-from cq_analyze.markup import cell, decibels, document, legend, measure, nbytes, number, table
+from cq_analyze.markup import cell, decibels, document, measure, nbytes, number, plain, table
 
 if TYPE_CHECKING:
     from cq_analyze.deep import Cost, Measurements
@@ -47,16 +47,25 @@ def _heading(analysis: Analysis) -> Iterator[str]:
     yield from (f"<p>{escape(note)}</p>" for note in analysis.notes)
 
 
-def _roles(analysis: Analysis) -> Iterator[str]:
+def _roles(analysis: Analysis) -> Iterator[str | Chart]:
+    roles = analysis.inventory.roles
     whole = max(1, analysis.inventory.total.nbytes)
-    rows = []
-    for name, amount in analysis.inventory.roles.items():
-        share = 100 * amount.nbytes / whole
-        bar = f'<td style="text-align:left"><span class="bar" style="width:{share * 2:.1f}px">'
-        cells = (cell(ROLES[name]), number(amount.tensors), nbytes(amount.nbytes))
-        rows.append("".join((*cells, f"{bar}</span> {share:.1f} %</td>")))
+    rows = [
+        (
+            cell(ROLES[name])
+            + number(amount.tensors)
+            + nbytes(amount.nbytes)
+            + plain(amount.nbytes, f"{100 * amount.nbytes / whole:.1f} %"),
+            "",
+        )
+        for name, amount in roles.items()
+    ]
     yield "<h2>What the bytes are for</h2>"
-    yield from table(("role", "tensors", "bytes", "share"), ((row, "") for row in rows))
+    amounts = {ROLES[name]: amount.nbytes for name, amount in roles.items()}
+    chart = size_chart("roles", amounts, "bytes by role")
+    if chart is not None:
+        yield chart
+    yield from table(("role", "tensors", "bytes", "share"), rows)
 
 
 def _totals(measured: Measurements) -> Iterator[str]:
@@ -78,27 +87,27 @@ def _totals(measured: Measurements) -> Iterator[str]:
     yield from table(heads, rows)
 
 
-def _depth(measured: Measurements) -> Iterator[str]:
+def _depth(measured: Measurements) -> Iterator[str | Chart]:
     layers = measured.ordered()
-    series = [
-        Series(
-            name=way.name,
-            levels={
-                layer.layer: cost.error.sqnr
-                for layer in layers
-                for cost in layer.costs
-                if cost.candidate == way and cost.error and math.isfinite(cost.error.sqnr)
-            },
-        )
-        for way in measured.candidates
-    ]
+    points: dict[str, list[Point]] = {way.name: [] for way in measured.candidates}
+    for layer in layers:
+        shape = " x ".join(map(str, layer.considered.spec.shape))
+        for cost in layer.costs:
+            if cost.error is not None and math.isfinite(cost.error.sqnr):
+                told = f"{shape}, {size(layer.nbytes)} become {size(cost.nbytes)}"
+                told += "" if cost.against is None else ", against the plan"
+                points[cost.candidate.name].append(Point(layer.layer, cost.error.sqnr, told))
+    series = [Series(name=name, points=found) for name, found in points.items()]
+    chart = depth_chart("depth", [layer.layer for layer in layers], series)
+    if chart is None:
+        return
     yield "<h2>Error by depth</h2>"
     yield (
         "<p>SQNR in dB, more is better: 6 dB are half the error. A line goes through the means of"
-        " the blocks, a dot is a layer.</p>"
+        " the blocks, a dot is a layer; point at one for its name. A click on a name below the"
+        " chart hides it, a double click all others.</p>"
     )
-    yield from legend([one.name for one in series])
-    yield chart([layer.layer for layer in layers], series)
+    yield chart
 
 
 def _layers(measured: Measurements) -> Iterator[str]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from cq.cli.output import size
 from cq.core.text import printable
-from cq_analyze.chart import Series, chart
-from cq_analyze.markup import cell, decibels, document, legend, measure, nbytes, number, table
+from cq_analyze.chart import Chart, Point, Series, depth_chart, size_chart
+from cq_analyze.markup import cell, decibels, document, measure, nbytes, number, plain, table
 
 if TYPE_CHECKING:
     from cq_analyze.metrics import Sums
@@ -42,7 +42,7 @@ def verify_page(report: Report) -> str:
         _history(report),
     )
     title = f"{report.checkpoint or 'pictures'}: cq verify"
-    return document(title, body, pictures=report.pictures is not None)
+    return document(title, body)
 
 
 def _text(text: object) -> str:
@@ -82,7 +82,7 @@ def _findings(report: Report) -> Iterator[str]:
         yield f"<p>and {len(report.findings) - _MOST_FINDINGS} more</p>"
 
 
-def _formats(report: Report) -> Iterator[str]:
+def _formats(report: Report) -> Iterator[str | Chart]:
     if not report.layers:
         return
     amounts: dict[str, list[int]] = {}
@@ -92,36 +92,43 @@ def _formats(report: Report) -> Iterator[str]:
         amount[1] += layer.nbytes
     rest = report.nbytes - sum(amount[1] for amount in amounts.values())
     rows = [
-        (cell(name) + number(layers) + _share(held, report.nbytes), "")
+        (cell(printable(name)) + number(layers) + _share(held, report.nbytes), "")
         for name, (layers, held) in sorted(amounts.items())
     ]
     rows.append((cell("not quantized") + "<td>–</td>" + _share(rest, report.nbytes), ""))
     yield "<h2>Size by format</h2>"
+    bars = {name: held for name, (_, held) in sorted(amounts.items())} | {"not quantized": rest}
+    chart = size_chart("formats", bars, "bytes by format")
+    if chart is not None:
+        yield chart
     yield from table(("format", "layers", "bytes", "share"), rows)
 
 
 def _share(held: int, of: int) -> str:
-    share = 100 * held / max(1, of)
-    bar = f'<span class="bar" style="width:{share * 2:.1f}px"></span> {share:.1f} %'
-    return f'{nbytes(held)}<td style="text-align:left">{bar}</td>'
+    return nbytes(held) + plain(held, f"{100 * held / max(1, of):.1f} %")
 
 
-def _depth(report: Report) -> Iterator[str]:
-    measured = [layer for layer in report.layers if layer.fidelity is not None]
-    levels: dict[str, dict[str, float]] = {}
-    for layer in measured:
+def _depth(report: Report) -> Iterator[str | Chart]:
+    points: dict[str, list[Point]] = {}
+    for layer in report.layers:
         if layer.fidelity is not None and math.isfinite(layer.fidelity.sqnr):
-            levels.setdefault(layer.role, {})[layer.layer] = layer.fidelity.sqnr
-    series = [Series(name=role, levels=levels[role]) for role in sorted(levels)]
-    if not series:
+            told = f"{layer.format}, {size(layer.nbytes)}, relative error"
+            told += f" {layer.fidelity.relative_error:.3g}"
+            if layer.output is not None:
+                told += f", output error {layer.output.relative_error:.3g}"
+            points.setdefault(layer.role, []).append(Point(layer.layer, layer.fidelity.sqnr, told))
+    series = [Series(name=role, points=points[role]) for role in sorted(points)]
+    measured = [layer.layer for layer in report.layers if layer.fidelity is not None]
+    chart = depth_chart("depth", measured, series)
+    if chart is None:
         return
     yield "<h2>Error by depth and role</h2>"
     yield (
         "<p>SQNR in dB, more is better: 6 dB are half the error. A line goes through the means of"
-        " the blocks, a dot is a layer.</p>"
+        " the blocks, a dot is a layer; point at one for its name. A click on a name below the"
+        " chart hides it, a double click all others.</p>"
     )
-    yield from legend([one.name for one in series])
-    yield chart([layer.layer for layer in measured], series)
+    yield chart
 
 
 def _fidelity(report: Report) -> Iterator[str]:
@@ -140,6 +147,13 @@ def _fidelity(report: Report) -> Iterator[str]:
     if worst:
         yield "<h2>Worst layers</h2>"
         yield from table(("layer", *_METRICS), worst)
+    outputs = [
+        (cell(printable(layer.layer, 300)) + measure(_finite(error.relative_error)), "")
+        for layer, error in found.worst_outputs
+    ]
+    if outputs:
+        yield "<h2>Worst outputs</h2>"
+        yield from table(("layer", "output error"), outputs)
     if found.survival is not None and found.survival.share is not None:
         told = f"{100 * found.survival.share:.1f} % of the change from the base survives"
         snr = found.survival.snr
@@ -220,6 +234,8 @@ def _layers(report: Report) -> Iterator[str]:
     changed = any(layer.survival is not None for layer in report.layers)
     heads = ["layer", "role", "format", "shape", "bytes", *_METRICS]
     heads += ["change kept", "its SNR dB"] if changed else []
+    judged = any(layer.output is not None for layer in report.layers)
+    heads += ["output error"] if judged else []
     rows = []
     for layer in report.layers:
         shape = "" if layer.weight is None else " x ".join(map(str, layer.weight.shape))
@@ -235,6 +251,9 @@ def _layers(report: Report) -> Iterator[str]:
             kept = layer.survival
             cells.append(measure(None if kept is None else _finite(kept.share)))
             cells.append(decibels(None if kept is None else _finite(kept.snr)))
+        if judged:
+            output = layer.output
+            cells.append(measure(None if output is None else _finite(output.relative_error)))
         rows.append(("".join(cells), ""))
     yield "<h2>Layers</h2>"
     yield "<p>A click on a heading sorts.</p>"

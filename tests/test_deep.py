@@ -11,11 +11,12 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import make
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cq
 import cq_analyze
@@ -327,12 +328,14 @@ def page_of(measured: Measurements) -> str:
 
 def test_page_needs_nothing_else_and_shows_every_layer(digits: Measurements) -> None:
     html = page_of(digits)
+    assert html.count(chart.library()) == 1
+    html = html.replace(chart.library(), "")
     found = seen(html)
     for layer in digits.layers:
         assert layer.layer in found.text
     for way in digits.candidates:
         assert way.name in found.text
-    assert found.tags.count("script") == 1
+    assert [value for name, value in found.attributes if name == "id"] == ["roles", "depth"]
     assert not [name for name, _ in found.attributes if name in {"src", "href", "onclick"}]
     assert not re.search(r"https?://|url\(|@import", html)
     assert len(html) < 100_000
@@ -347,33 +350,93 @@ def test_page_escapes_names_from_the_file(tmp_path: Path) -> None:
         "blocks.2.\u202e\x1b[31m.weight": make.weight(64, 64),
     }
     html = page_of(measure(opened(tmp_path, tensors), formats=["int8_tensorwise"]))
-    found = seen(html)
-    assert found.tags.count("script") == 1
+    found = seen(html.replace(chart.library(), ""))
+    assert found.tags.count("script") == 5  # two charts, the library, what draws, what sorts
     assert not {"img", "b"} & set(found.tags)
     assert hostile in found.text
     assert "\x1b" not in html
     assert "\u202e" not in html
 
 
-def test_chart_is_an_svg_with_a_line_and_dots_for_each_series() -> None:
-    layers = [f"{group}.{i}.mlp" for group in ("double_blocks", "single_blocks") for i in range(4)]
-    levels = {layer: 20.0 + i for i, layer in enumerate(layers)}
-    text = chart.chart(layers, [chart.Series(name="a<b", levels=levels)] * 2)
-    root = ElementTree.fromstring(text)
-    assert len(root.findall("g[@class='series']")) == 2
-    dots = root.find("g/path[@class='dots']")
-    assert dots is not None
-    assert dots.get("d", "").count("M") == len(layers)
-    assert [t.text for t in root.findall("text")][-2:] == ["double_blocks", "single_blocks"]
+def drawn(layers: list[str], *series: chart.Series) -> dict[str, Any]:
+    """The figure of a chart, as the browser gets it."""
+    found = chart.depth_chart("depth", layers, series)
+    assert found is not None
+    figure: dict[str, Any] = json.loads(found.figure)
+    return figure
+
+
+def levels_of(name: str, levels: dict[str, float]) -> chart.Series:
+    return chart.Series(name=name, points=[chart.Point(*pair) for pair in levels.items()])
+
+
+def test_a_chart_has_a_line_of_means_and_a_dot_for_each_layer_of_each_series() -> None:
+    layers = [f"net.{row}.{i}.{x}" for row in ("double", "single") for i in range(3) for x in "ab"]
+    levels = {layer: 20.0 + i * i for i, layer in enumerate(layers)}
+    some = dict.fromkeys(layers[2:], 5.0) | {"img_in": 7.0}
+    figure = drawn([*layers, "img_in"], levels_of("a", levels), levels_of("b", some))
+    line, dots, _, others = figure["data"]
+    assert (line["mode"], dots["mode"]) == ("lines", "markers")
+    assert sorted(zip(dots["text"], dots["y"], strict=True)) == sorted(levels.items())
+    assert dots["x"] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    assert line["x"] == [1, 2, 3, None, 4, 5, 6], "no line from one row of blocks to the next"
+    assert line["y"] == [20.5, 26.5, 40.5, None, 62.5, 92.5, 130.5]
+    assert others["x"] == [0, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    axis = figure["layout"]["xaxis"]
+    assert axis["ticktext"] == ["outside blocks", "double", "single"]
+    assert axis["tickvals"] == [0, 2, 5]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b.c", "b", ""]), st.integers(-1, 40)), min_size=1))
+def test_rows_of_blocks_lie_side_by_side_and_each_in_its_order(
+    places: list[tuple[str, int]],
+) -> None:
+    layers = ["x" if block < 0 else f"{row}.{block}.x".lstrip(".") for row, block in places]
+    found = chart.columns(layers)
+    assert sorted(found.values()) == [*range(len(found))]
+    assert {chart.place(layer) for layer in layers} == set(found)
+    rows = chart.groups(found)
+    assert [first for _, first, _ in rows] == [0, *(last + 1 for _, _, last in rows[:-1])]
+    for _, first, last in rows:
+        within = [where for where, column in found.items() if first <= column <= last]
+        assert len({where.row for where in within}) == 1
+        assert within == sorted(within)
+    for column, number in chart.numbered(found).items():
+        assert [where.block for where, at in found.items() if at == column] == [number]
 
 
 @pytest.mark.parametrize("levels", [{}, {"a.0.b": 7.0}, {"a.0.b": -400.0, "a.1.b": 900.0}])
-def test_chart_takes_any_levels(levels: dict[str, float]) -> None:
-    text = chart.chart(["a.0.b", "a.1.b"], [chart.Series(name="x", levels=levels)])
-    assert bool(text) == bool(levels)
-    if text:
-        ElementTree.fromstring(text)
-        assert "nan" not in text
+def test_a_chart_takes_any_levels(levels: dict[str, float]) -> None:
+    series = levels_of("x", levels)
+    if not levels:
+        assert chart.depth_chart("x", ["a.0.b", "a.1.b"], [series]) is None
+        return
+    low, high = drawn(["a.0.b", "a.1.b"], series)["layout"]["yaxis"]["range"]
+    assert low < min(levels.values()) <= max(levels.values()) < high
+    assert high - low >= 5, "a tenth of a dB is not drawn as a cliff"
+
+
+def test_a_bar_is_as_long_as_its_bytes() -> None:
+    found = chart.size_chart("x", {"<b>a": 3_000_000, "b": 1_000_000}, "bytes")
+    assert found is not None
+    (bars,) = json.loads(found.figure)["data"]
+    assert bars["x"] == [3_000_000, 1_000_000]
+    assert bars["y"] == ["&lt;b&gt;a", "b"]
+    assert bars["text"] == ["3.00 MB, 75.0 %", "1.00 MB, 25.0 %"]
+    assert chart.size_chart("x", {"a": 0}, "bytes") is None
+
+
+def test_a_page_without_plotly_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chart, "find_spec", lambda name: None)
+    path = tmp_path / "r.html"
+    for command in (["analyze", processes.BASE, "--deep"], ["verify", processes.BASE]):
+        code, out, err = run(*command, "--report", path)
+        assert (code, out) == (5, "")
+        assert "there is no `plotly`" in err and "`pip install plotly`" in err
+        assert "%" not in err, "no progress"
+    assert not path.exists()
 
 
 def test_page_is_written_whole_and_never_over_a_file(tmp_path: Path) -> None:
