@@ -327,7 +327,7 @@ def test_targets_that_a_family_does_not_know_are_counted(tmp_path: Path) -> None
     text = run("analyze", path).out
     assert "1 of 6 targets are unknown to it" in text
     assert "text encoder: 2 of 8 targets" in text
-    assert "alpha: none" in text
+    assert "alpha: no tensor" in text
 
 
 def test_an_adapter_that_fits_nothing_says_so(tmp_path: Path) -> None:

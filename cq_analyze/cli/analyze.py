@@ -63,7 +63,7 @@ def register(app: typer.Typer) -> None:
           cq analyze flux.safetensors --format nvfp4 --json
           cq analyze flux.safetensors --deep --report flux.html
         """
-        from cq_analyze import saving
+        from cq_analyze import chart, saving
         from cq_analyze.description import analyze as analyze_checkpoint
 
         here = options.terminal()
@@ -82,6 +82,7 @@ def register(app: typer.Typer) -> None:
         checkpoint = options.open_input(model)
         if report is not None:
             saving.check(report, inputs=checkpoint.inputs, force=force)
+            chart.check_installed()
         found = analyze_checkpoint(
             checkpoint,
             format=format,
@@ -302,7 +303,7 @@ def _adapter(found: AdapterFile) -> Iterator[str]:
         scale = f"{low:g}" if low == high else f"{low:g} to {high:g}"
         yield f"alpha: {_spread(found.alphas)}; alpha / rank: {scale}"
     else:
-        yield "alpha: none, so alpha / rank counts as 1"
+        yield "alpha: no tensor, so alpha / rank is 1 unless the file's metadata states an alpha"
     yield from _fits(found)
     if found.unrecognized:
         some = ", ".join(f"`{printable(name, 80)}`" for name in found.unrecognized[:3])
@@ -343,7 +344,7 @@ def _fits(found: AdapterFile) -> Iterator[str]:
         rest = f", {unknown} of {fit.targets} targets are unknown to it" if unknown else ""
         yield f"fits {fit.title} by its layers' names{rest}"
     if len(found.fits) > _MOST_FITS:
-        yield f"fits {len(found.fits) - _MOST_FITS} more families less well"
+        yield f"fits {len(found.fits) - _MOST_FITS} more families"
     if found.names_of is not None:
         yield f"fits {found.names_of}: its layers' names are those of the diffusers library"
     elif not found.fits and found.targets > found.text_encoder_targets:
