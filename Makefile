@@ -7,7 +7,7 @@ OUT := out
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format docs bench clean
+.PHONY: help env demo test check format docs bench clean fuzz faults memory test-ray
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ env: $(STAMP)  ## make the virtual environment and install cq into it
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,demo,browser]'
 	@touch $@
 
 demo: $(STAMP)  ## merge | quant | verify on a real model, and a picture to look at
@@ -49,6 +49,20 @@ docs: $(STAMP)  ## write the generated reference and completions
 bench: $(STAMP) .venv-peer/.ready  ## time cq against cp and against the peer from PyPI (about 30 minutes, 10 GB of disk)
 	$(BIN)/python -m bench.bench --dir $(OUT)/bench --peer .venv-peer/bin/ctq --peer-sizes 1,2 \
 	  --markdown bench/RESULTS.md --json $(OUT)/bench/results.json
+
+fuzz: $(STAMP)  ## hostile input at every door, a million cases and more (about 20 minutes)
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python -m bench.fuzz --dir $(OUT)/fuzz
+
+faults: $(STAMP)  ## kill every command at 200 moments and fill the disk (about 5 minutes)
+	$(BIN)/python -m bench.faults --dir $(OUT)/faults
+
+memory: $(STAMP)  ## see that --memory-limit holds, over optimizers and formats (about 30 minutes)
+	$(BIN)/python -m bench.memory --dir $(OUT)/memory
+
+test-ray: $(STAMP)  ## install Ray (260 MB) and test the engine on it
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest tests/test_ray.py
 
 clean:  ## remove outputs; the environment stays
 	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,6 +48,11 @@ def _many(flag: str, metavar: str, text: str) -> Any:
     return typer.Option(flag, metavar=metavar, help=f"{text}; repeatable.")
 
 
+_Replace = Annotated[
+    bool, typer.Option("--replace", help="Added tensors replace those of their names.")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command."""
 
@@ -69,9 +74,7 @@ def register(app: typer.Typer) -> None:
         add_keys: Annotated[
             _Strings, _many("--add-keys", "FILE[:PATTERN]", "Add tensors of another file")
         ] = None,
-        replace: Annotated[
-            bool, typer.Option("--replace", help="Added tensors replace those of their names.")
-        ] = False,
+        replace: _Replace = False,
         rename: Annotated[
             _Strings,
             _many("--rename", "[re:]OLD=NEW", "Rename layers, tensors or a prefix"),
@@ -145,6 +148,7 @@ def register(app: typer.Typer) -> None:
         dry_run: options.DryRun = False,
         workers: options.Workers = None,
         memory_limit: options.MemoryLimit = None,
+        engine: options.Engine = "local",
     ) -> int:
         """Change names, markers, metadata and single tensors of a checkpoint.
 
@@ -168,6 +172,7 @@ def register(app: typer.Typer) -> None:
             dry_run=dry_run,
             workers=workers,
             memory_limit=options.parse_size(memory_limit),
+            engine=engine,
         )
         _check_usage(asked, split=split_components, unshard=unshard)
         source = options.open_input(model)

@@ -19,7 +19,7 @@ import torch
 
 import cq
 import cq_quant
-from cq.core import files, sink
+from cq.core import files, laid_out
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine.local import Progress, Settings
 from cq.core.errors import CqError, InputError, InternalError, PlanError, ResourceError
@@ -81,7 +81,7 @@ def killed(checkpoint: Checkpoint, out: Path, *indexes: int) -> None:
     """Finish some parts and vanish, as a process does that is killed."""
     opened = FileSink(checkpoint, out).__enter__()
     put(opened, checkpoint, *indexes)
-    opened._close()
+    opened.close()
 
 
 def stop_after(count: int) -> Callable[[Progress], None]:
@@ -614,7 +614,7 @@ def test_journal_that_is_missing_says_nothing(tmp_path: Path) -> None:
 
 def test_sink_syncs_parts_now_and_then(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a power loss may not take is said in the journal, and only after the data is safe."""
-    monkeypatch.setattr(sink, "_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(laid_out, "_SYNC_SECONDS", 0.01)
     work = Work()
     journal = out.with_name(out.name + ".partial.journal")
     with pytest.raises(KeyboardInterrupt), FileSink(work.checkpoint, out) as half:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cq.cli import placing
 from cq.cli.options import terminal
 from cq.cli.output import LostReader, size
 from cq.core import sink
@@ -21,21 +22,31 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.engine.local import Settings, check_budget
 from cq.core.errors import Interrupted, PlanError, UsageError
 from cq.core.header import total_nbytes
-from cq.core.write import stream, write
+from cq.core.placement import CPU, StreamingMode
+from cq.core.shards import check_targets, write_shards
+from cq.core.write import Engine, Written, stream, write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
     """How a command was asked to deliver: its shared options. `named` says that a person named the
-    output, rather than the command."""
+    output, rather than the command; `in_place` that the output is the input. With
+    `max_shard_size`, in bytes, it is several files and an index; `device`, `streaming_mode` and
+    `vram_limit`, in bytes, say where layers are computed."""
 
     output: str | None = None
     named: bool = True
     force: bool = False
     restart: bool = False
+    in_place: bool = False
+    max_shard_size: int | None = None
     dry_run: bool = False
     workers: int | None = None
     memory_limit: int | None = None
+    engine: Engine = "local"
+    device: str = CPU
+    streaming_mode: StreamingMode = "auto"
+    vram_limit: int | None = None
 
 
 def deliver(
@@ -50,11 +61,11 @@ def deliver(
     """Deliver `checkpoint` as `asked`; `columns` and `rows` are the plan as a person reads it, and
     `remarks` what is said of it in any case."""
     here = terminal()
-    _check(checkpoint, asked)
-    for remark in remarks:
+    check(checkpoint, asked)
+    for remark in (*remarks, *placing.remarks(checkpoint, asked)):
         here.say(f"{command}: {remark}")
     if asked.dry_run or (asked.output is None and (here.is_tty or here.json)):
-        _show_plan(checkpoint, command, columns, rows)
+        _show_plan(checkpoint, asked, command, columns, rows)
         here.say("nothing was written")
         if asked.output is None and not asked.dry_run:
             here.say("\nhint: add `-o FILE` to write it")
@@ -66,36 +77,79 @@ def deliver(
     if asked.output == "-":
         _stream_bytes(checkpoint, asked, command)
         return 0
-    with here.progress(command) as progress:
-        try:
-            written = write(
-                checkpoint,
-                asked.output,
-                force=asked.force,
-                restart=asked.restart,
-                workers=asked.workers,
-                memory_limit=asked.memory_limit,
-                on_progress=progress.on_progress,
-            )
-        except KeyboardInterrupt as error:
-            raise Interrupted(
-                "interrupted", hint="run the same command again to go on with what is finished"
-            ) from error
-    resumed = f", {written.parts_resumed} parts were ready" if written.parts_resumed else ""
-    here.say(
-        f"{command}: wrote `{asked.output}`, {size(written.nbytes)}"
-        f" in {written.seconds:.1f} s{resumed}"
-    )
+    written = written_file(checkpoint, asked, asked.output, command)
     if here.json:
-        here.document({**plan_document(checkpoint, command), "written": written.to_dict()})
+        outcomes = [outcome.to_dict() for outcome in checkpoint.outcomes]
+        told = {"outcomes": outcomes} if outcomes else {}
+        plan = plan_document(checkpoint, command, asked)
+        here.document({**plan, "written": written.to_dict(), **told})
     elif not here.is_tty:
         here.document(written.manifest())
     return 0
 
 
-def _check(checkpoint: Checkpoint, asked: Delivery) -> None:
+def written_file(checkpoint: Checkpoint, asked: Delivery, output: str, command: str) -> Written:
+    """Write `checkpoint` to `output` as `asked`, with progress, and say so."""
+    here = terminal()
+    where = placing.found(asked, command)
+    with here.progress(command) as progress:
+        try:
+            if asked.max_shard_size is not None:
+                written = write_shards(
+                    checkpoint,
+                    output,
+                    max_bytes=asked.max_shard_size,
+                    force=asked.force,
+                    restart=asked.restart,
+                    workers=asked.workers,
+                    memory_limit=asked.memory_limit,
+                    on_progress=progress.on_progress,
+                )
+            else:
+                written = write(
+                    checkpoint,
+                    output,
+                    force=asked.force,
+                    restart=asked.restart,
+                    in_place=asked.in_place,
+                    workers=asked.workers,
+                    memory_limit=asked.memory_limit,
+                    engine=asked.engine,
+                    device=where,
+                    streaming_mode=asked.streaming_mode,
+                    vram_limit=asked.vram_limit,
+                    on_progress=progress.on_progress,
+                )
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                "interrupted", hint="run the same command again to go on with what is finished"
+            ) from error
+    resumed = f", {written.parts_resumed} parts were ready" if written.parts_resumed else ""
+    shown = output if asked.max_shard_size is None else str(written.path)
+    here.say(
+        f"{command}: wrote `{shown}`, {size(written.nbytes)} in {written.seconds:.1f} s{resumed}"
+    )
+    if written.retreated:
+        here.say(
+            f"{command}: the memory of `{where}` ran out for {len(written.retreated)} layers, such"
+            f" as `{written.retreated[0]}`: the CPU went on with them"
+        )
+    _say_outcomes(checkpoint, command)
+    return written
+
+
+def check(checkpoint: Checkpoint, asked: Delivery) -> None:
     """What must hold before any work, in a dry run as well."""
     here = terminal()
+    placing.check(asked)
+    if asked.engine == "ray":
+        _check_ray(asked)
+    if asked.max_shard_size is not None and asked.output in {None, "-"}:
+        raise UsageError(
+            "several files need a name",
+            hint="add `-o NAME.safetensors.index.json`",
+            code="usage.shards",
+        )
     if asked.output == "-":
         for name, given in (("--force", asked.force), ("--restart", asked.restart)):
             if given:
@@ -105,19 +159,41 @@ def _check(checkpoint: Checkpoint, asked: Delivery) -> None:
     elif asked.output is not None:
         target = Path(asked.output)
         try:
-            sink.check_target(checkpoint, target, force=asked.force)
+            if asked.max_shard_size is not None:
+                check_targets(checkpoint, target, asked.max_shard_size, force=asked.force)
+            else:
+                sink.check_target(checkpoint, target, force=asked.force, in_place=asked.in_place)
         except PlanError as error:
             if asked.named or not asked.dry_run or error.code != "plan.output_exists":
                 raise
             here.say(f"`{target}` exists already: writing it will ask for `--force`")
         with suppress(OSError):
-            if any(os.path.samestat(target.stat(), opened) for opened in here.opened):
+            if not (asked.in_place or asked.max_shard_size) and any(
+                os.path.samestat(target.stat(), opened) for opened in here.opened
+            ):
                 raise PlanError(
                     f"`{target}` is the input itself",
                     hint="choose another output; cq never overwrites what it reads",
                     code="plan.output_is_input",
                 )
-    check_budget(checkpoint.parts, asked.memory_limit)
+    if asked.engine == "local":  # the memory of other machines is theirs to tell
+        check_budget(checkpoint.parts, asked.memory_limit, asked.streaming_mode)
+
+
+def _check_ray(asked: Delivery) -> None:
+    for what, given in (
+        ("`-o -` is", asked.output == "-"),
+        ("several files are", asked.max_shard_size is not None),
+    ):
+        if given:
+            raise UsageError(
+                f"{what} written by this machine alone", hint="leave `--engine ray` out"
+            )
+    if terminal().plugins:
+        raise UsageError(
+            "`--plugin` brings a module to this process alone",
+            hint="install it as a package on all machines, or leave `--engine ray` out",
+        )
 
 
 def _stream_bytes(checkpoint: Checkpoint, asked: Delivery, command: str) -> None:
@@ -130,20 +206,34 @@ def _stream_bytes(checkpoint: Checkpoint, asked: Delivery, command: str) -> None
         )
     if sys.stdout is None:
         raise UsageError("stdout is closed", hint="name a file")
+    where = placing.found(asked, command)
     with here.progress(command) as progress:
         settings = Settings(
             workers=asked.workers,
             memory_limit=asked.memory_limit,
+            device=where,
+            streaming_mode=asked.streaming_mode,
+            vram_limit=asked.vram_limit,
             on_progress=progress.on_progress,
         )
         try:
             stream(checkpoint, here.byte_stream(), settings)
         except BrokenPipeError as error:
             raise LostReader("the reader of the bytes went away") from error
+    _say_outcomes(checkpoint, command)
 
 
-def plan_document(checkpoint: Checkpoint, command: str) -> dict[str, Any]:
-    """The plan as a program reads it."""
+def _say_outcomes(checkpoint: Checkpoint, command: str) -> None:
+    for outcome in checkpoint.outcomes:
+        for remark in outcome.remarks():
+            terminal().say(f"{command}: {remark}")
+
+
+def plan_document(
+    checkpoint: Checkpoint, command: str, asked: Delivery | None = None
+) -> dict[str, Any]:
+    """The plan as a program reads it; with what was `asked`, also where layers are computed."""
+    placements = [] if asked is None else placing.placements(checkpoint, asked)
     return {
         "cq": 1,
         "kind": "plan",
@@ -156,6 +246,7 @@ def plan_document(checkpoint: Checkpoint, command: str) -> dict[str, Any]:
         "nbytes": sink.nbytes_file(checkpoint),
         "nbytes_peak": peak(checkpoint),
         "decisions": [dict(note) for note in checkpoint.notes],
+        **({"placements": placements} if placements else {}),
     }
 
 
@@ -165,11 +256,15 @@ def peak(checkpoint: Checkpoint) -> int:
 
 
 def _show_plan(
-    checkpoint: Checkpoint, command: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
+    checkpoint: Checkpoint,
+    asked: Delivery,
+    command: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
 ) -> None:
     here = terminal()
     if here.json:
-        here.document(plan_document(checkpoint, command))
+        here.document(plan_document(checkpoint, command, asked))
         return
     if columns:
         here.table(columns, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import gc
+import re
 import signal
 import sys
 import threading
@@ -13,15 +14,15 @@ from typing import Annotated, Any
 import typer
 
 from cq.cli import options
-from cq.cli.options import guard, use_terminal
+from cq.cli.options import Terminating, guard, use_terminal
 from cq.cli.output import Terminal
 from cq.core import catalog
 from cq.core.engine import memory
-from cq.core.errors import CqError, Interrupted, UsageError
+from cq.core.errors import CqError, Interrupted, Terminated, UsageError
 from cq.version import VERSION
 
 _AGAIN_SECONDS = 0.02
-_GARBAGE_OBJECTS = 100_000
+_GARBAGE_OBJECTS = 1_000_000
 _HELP = """Quantize diffusion-model checkpoints so that ComfyUI loads them natively.
 
 \b
@@ -30,7 +31,7 @@ _HELP = """Quantize diffusion-model checkpoints so that ComfyUI loads them nativ
 
 \b
 Exit codes: 0 done, 1 findings, 2 usage, 3 input unreadable or invalid, 4 cannot plan,
-5 resources, 70 a bug, 130 interrupted, 141 lost the reader of bytes.
+5 resources, 70 a bug, 130 interrupted, 141 lost the reader of bytes, 143 terminated.
 """
 
 
@@ -100,8 +101,10 @@ def _usage(error: Any) -> UsageError:
     import difflib
 
     unknown = getattr(error, "option_name", None)
-    if unknown and "requires an argument" in message:
-        message = f"the option `{unknown}` needs a value"
+    wanted = re.search(r"requires (an|\d+) argument", message)
+    if unknown and wanted:
+        what = "a value" if wanted[1] == "an" else f"{wanted[1]} values"
+        message = f"the option `{unknown}` needs {what}"
     elif unknown:
         message = f"`{path}` has no option `{unknown}`"
     elif message.startswith("No such command"):
@@ -125,34 +128,46 @@ def _unraisable(lost: sys.UnraisableHookArgs) -> None:
     Python drops what is raised in a callback of its import locks or in a finalizer, and prints a
     traceback: the work would go on as if nobody had asked it to stop.
     """
-    if lost.exc_type is not KeyboardInterrupt:
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
-    again = threading.Timer(_AGAIN_SECONDS, _interrupt_main)
+    number = signal.SIGTERM if issubclass(lost.exc_type, Terminating) else signal.SIGINT
+    again = threading.Timer(_AGAIN_SECONDS, _interrupt_main, (number,))
     again.daemon = True
     again.start()
 
 
-def _interrupt_main() -> None:
+def _interrupt_main(number: signal.Signals) -> None:
     if hasattr(signal, "pthread_kill"):  # wakes it up from a wait, too
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
     else:
-        _thread.interrupt_main()
+        _thread.interrupt_main(number)
+
+
+def _stop(number: int, _: object) -> None:
+    error = Terminating() if number == signal.SIGTERM else KeyboardInterrupt()
+    options.asked_to_stop.append(error)
+    raise error
 
 
 def main() -> None:
     """The console script."""
     memory.keep_freed()
-    # A header is hundreds of thousands of objects without a cycle among them; looking for cycles
+    # A header of many tensors is a million objects without a cycle among them; looking for cycles
     # at Python's own rate takes longer than reading it.
     gc.set_threshold(_GARBAGE_OBJECTS)
     sys.unraisablehook = _unraisable
     try:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from `cq.cli.entry`
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # What was ignored stays so: whoever started us wants it.
+            if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
+                signal.signal(number, _stop)
         code = run(sys.argv[1:], Terminal())
         # The work is over; what libraries do at exit would trip over a late Ctrl-C.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    except Terminating:
+        code = Terminated.exit_code
     except KeyboardInterrupt:  # between two lines of ours, outside the guard
         code = Interrupted.exit_code
     sys.exit(code)

@@ -15,12 +15,20 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
 import typer
+from typer.core import TyperCommand
 
 from cq.cli.output import LostReader, Terminal, UnwritableStdout
-from cq.core.errors import CqError, InternalError, Interrupted, ResourceError, UsageError
+from cq.core.errors import (
+    CqError,
+    InternalError,
+    Interrupted,
+    ResourceError,
+    Terminated,
+    UsageError,
+)
 from cq.version import VERSION
 
 if TYPE_CHECKING:
@@ -47,6 +55,34 @@ MemoryLimit = Annotated[
         help="Memory for layers in flight, such as 8GiB; default half of what is free.",
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="cpu|auto|cuda[:N]",
+        help="What rounds layers; auto is a GPU if torch has one.",
+    ),
+]
+Streaming = Annotated[
+    Literal["auto", "off", "minimal", "balanced", "aggressive"],
+    typer.Option(
+        "--streaming-mode", help="How finely layers are cut: off not at all, aggressive most."
+    ),
+]
+VramLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--vram-limit",
+        metavar="SIZE",
+        help="Memory of the GPU for layers in flight; default most of what is free.",
+    ),
+]
+Engine = Annotated[
+    Literal["local", "ray"],
+    typer.Option(
+        "--engine", help="Where layers are computed: threads here, or a Ray cluster (RAY_ADDRESS)."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before writing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk and no progress on stderr.")]
@@ -64,10 +100,19 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show Python's traceback wi
 PLUG_OPTIONS = {
     "--format": "formats",
     "--among": "formats",
+    "--method": "methods",
     "--optimizer": "optimizers",
+    "--quant-filter": "formats",
     "--family": "models",
 }
-FILE_OPTIONS = frozenset({"--output", "-o", "--against", "--plugin", "--recipe", "--report"})
+FILE_OPTIONS = frozenset(
+    {
+        *("--output", "-o", "--against", "--plugin", "--recipe", "--report"),
+        "--add-keys",
+        *("--extract", "--from", "--map"),
+        *("--base", "--junit", "--images", "--contact-sheet", "--workflow", "--prompts"),
+    }
+)
 
 
 def terminal() -> Terminal:
@@ -81,10 +126,10 @@ def use_terminal(new: Terminal) -> contextvars.Token[Terminal]:
 
 
 def command(
-    app: typer.Typer, name: str, *, json: bool = True
+    app: typer.Typer, name: str, *, json: bool = True, cls: type[TyperCommand] | None = None
 ) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Register a function as the command `name`, guarded, with the options that all commands
-    have."""
+    have; `cls` is what Typer makes of it, if that is not its own."""
 
     def decorate(function: Callable[..., int | None]) -> Callable[..., int]:
         added = {
@@ -104,6 +149,7 @@ def command(
 
             def body() -> int | None:
                 load_plugins(plugins)
+                here.plugins = bool(plugins)
                 return function(*args, **kwargs)
 
             return guard(here, body)
@@ -122,7 +168,7 @@ def command(
             parameters=[*signature.parameters.values(), *parameters]
         )
         guarded.__annotations__ = {**function.__annotations__, **added}
-        app.command(name)(guarded)
+        app.command(name, cls=cls)(guarded)
         return guarded
 
     return decorate
@@ -151,9 +197,14 @@ def guard(here: Terminal, body: Callable[[], int | None]) -> int:
     except BrokenPipeError:
         here.abandon(here.stdout)  # as in `cq plugins | head -1`: what was wanted was delivered
         return 0
-    except KeyboardInterrupt:
-        here.error(Interrupted("interrupted"))
-        return Interrupted.exit_code
+    except KeyboardInterrupt as error:
+        stopped = _stopped(error, Interrupted("interrupted"))
+        here.error(stopped)
+        return stopped.exit_code
+    except Interrupted as error:
+        stopped = _stopped(error.__cause__, error)
+        here.error(stopped)
+        return stopped.exit_code
     except UnwritableStdout as error:
         here.abandon(here.stdout)
         here.error(error)
@@ -176,9 +227,26 @@ def guard(here: Terminal, body: Callable[[], int | None]) -> int:
     except Exception as error:  # the last guard: a bug must not look like a finding
         if here.debug:
             here.traceback()
+        if asked_to_stop:
+            stopped = _stopped(asked_to_stop[0], Interrupted("interrupted"))
+            here.error(stopped)
+            return stopped.exit_code
         bug = InternalError(f"{type(error).__name__}: {error}")
         here.error(_reportable(bug))
         return bug.exit_code
+
+
+class Terminating(KeyboardInterrupt):
+    """SIGTERM, as it comes to the code that is running: whatever Ctrl-C does, it does."""
+
+
+asked_to_stop: list[KeyboardInterrupt] = []
+"""What signals have raised in this process. Libraries make other exceptions of it: numpy, cut off
+in its import, cannot be imported again."""
+
+
+def _stopped(signal: BaseException | None, error: Interrupted) -> Interrupted:
+    return Terminated("terminated", hint=error.hint) if isinstance(signal, Terminating) else error
 
 
 def _reportable(error: CqError) -> CqError:

@@ -56,6 +56,8 @@ class Terminal:
     debug: bool = False
     opened: list[os.stat_result] = field(default_factory=list)
     """The files that were opened as inputs, which no output may replace."""
+    plugins: bool = False
+    """Whether modules were brought by `--plugin`, of which other processes know nothing."""
 
     @property
     def is_tty(self) -> bool:

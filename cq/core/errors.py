@@ -89,3 +89,10 @@ class Interrupted(CqError):
 
     exit_code = 130
     default_code = "interrupted"
+
+
+class Terminated(Interrupted):
+    """A scheduler or the system stopped the work by SIGTERM; finished parts are kept as well."""
+
+    exit_code = 143
+    default_code = "terminated"

@@ -7,7 +7,9 @@ such call (Windows has no `pread`), a lock around seek and read does the same.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -23,6 +25,9 @@ READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY",
 WRITE_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 # For files of our own making, which nobody may point elsewhere by a link.
 OWN_FLAGS = WRITE_FLAGS | getattr(os, "O_NOFOLLOW", 0)
+# For a file that others write to as well. An NFS client that has read a page writes the whole of it
+# back, stale bytes of its neighbors included; without the right to read it does not.
+SHARED_FLAGS = (OWN_FLAGS & ~os.O_RDWR) | os.O_WRONLY
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:
@@ -67,6 +72,28 @@ def reserve(fd: int, nbytes: int) -> None:
     os.ftruncate(fd, nbytes)
 
 
+def extend(fd: int, nbytes: int) -> None:
+    """Make the file at least `nbytes` long, with disk space behind it where the file system can
+    give that without writing. Safe while others write to the file, which `reserve` is not.
+
+    Raises: OSError (ENOSPC, EFBIG) if there is no room.
+    """
+    if os.fstat(fd).st_size < nbytes:
+        os.ftruncate(fd, nbytes)
+    if nbytes and sys.platform == "linux":
+        # Python has only posix_fallocate, which writes zeros by hand where the system cannot help.
+        import ctypes
+
+        library = ctypes.CDLL(None, use_errno=True)
+        try:
+            fallocate = library.fallocate64
+        except AttributeError:  # another library than glibc, in which all offsets have 64 bits
+            fallocate = library.fallocate
+        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        if fallocate(fd, 0, 0, nbytes) and ctypes.get_errno() in (errno.ENOSPC, errno.EFBIG):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def kernel_copy(
     source: int, source_offset: int, target: int, target_offset: int, nbytes: int
 ) -> int:
@@ -79,6 +106,19 @@ def kernel_copy(
             count = min(nbytes, _KERNEL_COPY_BYTES)
             return os.copy_file_range(source, target, count, source_offset, target_offset)
     return 0
+
+
+def hole(fd: int, offset: int, nbytes: int) -> int:
+    """How many of `nbytes` from `offset` on lie in a hole, which reads as zeros; 0 where the
+    system does not tell."""
+    if not hasattr(os, "SEEK_DATA"):
+        return 0
+    with _seek_lock:
+        try:
+            data = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:  # no data follows, or there are no holes on this file system
+            return nbytes if error.errno == errno.ENXIO else 0
+    return min(nbytes, data - offset)
 
 
 def lock(fd: int) -> bool:

@@ -28,8 +28,8 @@ class Journal:
         self.path = path
         self._fd = -1
 
-    def begin(self, digest: str, *, go_on: bool) -> None:
-        """Start the journal of the work `digest`, or go on with what there is of it."""
+    def open(self) -> None:
+        """Open the file, and make it if there is none. Raises: PlanError if it is not cq's."""
         self._fd = os.open(self.path, files.OWN_FLAGS | os.O_APPEND, 0o666)
         if not _BEGIN.startswith(os.read(self._fd, len(_BEGIN))):  # also one that was torn
             raise PlanError(
@@ -38,6 +38,15 @@ class Journal:
                 hint="move it away",
                 code="plan.other_partial",
             )
+
+    def lock(self) -> bool:
+        """Take the open file for this process alone; False if another has it."""
+        return files.lock(self._fd)
+
+    def begin(self, digest: str, *, go_on: bool) -> None:
+        """Start the journal of the work `digest`, or go on with what there is of it."""
+        if self._fd < 0:
+            self.open()
         if not go_on:
             os.ftruncate(self._fd, 0)
         # The first newline ends a line that a crash may have torn.

@@ -131,7 +131,9 @@ def _earlier_history(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 def _short_paths(value: Any) -> Any:
     if isinstance(value, dict):
         short = {key: _short_paths(item) for key, item in value.items() if key != "path"}
-        return short | ({"name": as_text(Path(value["path"]).name)} if "path" in value else {})
+        if isinstance(value.get("path"), str):
+            return short | {"name": as_text(Path(value["path"]).name)}
+        return short
     if isinstance(value, list):
         return [_short_paths(item) for item in value]
     return value
@@ -228,9 +230,18 @@ def _opened(path: Path, shown: str) -> IO[bytes]:
 
 def _read(file: IO[bytes], nbytes: int, shown: str) -> bytes:
     try:
-        return file.read(nbytes)
+        return _up_to(file, nbytes)
     except OSError as error:
         raise unreadable(shown, error) from error
+
+
+def _up_to(stream: IO[bytes], nbytes: int) -> bytes:
+    """As `stream.read(nbytes)`, which takes all of that memory for a stream of any length."""
+    chunks = []
+    while nbytes and (chunk := stream.read(min(nbytes, 1 << 16))):
+        chunks.append(chunk)
+        nbytes -= len(chunk)
+    return b"".join(chunks)
 
 
 def open_checkpoint_stream(stream: IO[bytes], *, where: str = "stdin") -> Checkpoint:
@@ -249,7 +260,7 @@ def open_checkpoint_stream(stream: IO[bytes], *, where: str = "stdin") -> Checkp
             code="input.empty",
         )
     if _is_manifest(first):
-        return load(first + stream.read(_MAX_MANIFEST_BYTES), where=where)
+        return load(first + _up_to(stream, _MAX_MANIFEST_BYTES), where=where)
     return from_source(open_stream(stream, first, shown=where))
 
 

@@ -159,6 +159,9 @@ def write_shards(
             nbytes += shard.path.stat().st_size
             resumed += own
         else:
+            # A kill may come between the shard's name and the next note.
+            begun = {"shard": shard.path.name, "in_the_way": _identity(shard.path)}
+            _note(index, {"work": digest, "finished": sorted(done), "begun": begun})
             written = write(
                 shard.checkpoint,
                 shard.path,
@@ -228,7 +231,13 @@ def _finished(index: Path, digest: str) -> set[str]:
     except (OSError, orjson.JSONDecodeError):
         found = None
     if isinstance(found, dict) and found.get("work") == digest:
-        return {name for name in found.get("finished", []) if isinstance(name, str)}
+        done = {name for name in found.get("finished", []) if isinstance(name, str)}
+        begun = found.get("begun")
+        if isinstance(begun, dict) and isinstance(name := begun.get("shard"), str):
+            now = _identity(index.with_name(Path(name).name))
+            if now is not None and now != begun.get("in_the_way"):
+                done.add(name)  # a file gets this name when it is whole
+        return done
     if isinstance(found, dict) and "weight_map" in found:
         return set()  # cut off between its last write and its name
     raise PlanError(
@@ -237,6 +246,14 @@ def _finished(index: Path, digest: str) -> set[str]:
         hint="run that command again to finish it, or add `--restart` to discard it",
         code="plan.other_partial",
     )
+
+
+def _identity(path: Path) -> list[int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_dev, found.st_ino, found.st_mtime_ns]
 
 
 def _note(index: Path, document: Mapping[str, Any]) -> None:

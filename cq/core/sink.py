@@ -8,27 +8,21 @@ show one. Work that a crash cut off is resumed when the same work (equal digest)
 
 from __future__ import annotations
 
-import hashlib
 import os
+import stat
 import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, Protocol
 
-from cq.core import files, header, manifest
+from cq.core import files, header
 from cq.core.checkpoint import Checkpoint, Extent, Piece
-from cq.core.engine.local import Worker
 from cq.core.errors import CqError, InternalError, PlanError, ResourceError
-from cq.core.header import Header
-from cq.core.journal import Journal, read_journal
+from cq.core.journal import read_journal
+from cq.core.laid_out import JournalledFile, OpenFile, final_metadata
 from cq.core.source import check_unchanged
-
-if TYPE_CHECKING:
-    import torch
-
-_SYNC_SECONDS = 0.25
 
 
 class Sink(Protocol):
@@ -40,6 +34,10 @@ class Sink(Protocol):
         """Put rows of a tensor in their place."""
         ...
 
+    def put(self, name: str, value: bytes) -> None:
+        """Put the bytes of a whole tensor in their place."""
+        ...
+
     def copy(self, name: str, extent: Extent, stop: threading.Event) -> None:
         """Copy a tensor's bytes from a file, unless `stop` is set meanwhile."""
         ...
@@ -49,69 +47,18 @@ class Sink(Protocol):
         ...
 
 
-class _OpenFile:
-    """A laid-out file, open for writing at tensor offsets: what the sinks here share."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.head, self.header = _lay_out(checkpoint)
-        self.finished: set[int] = set()
-        self.fd = -1
-
-    def write(self, piece: Piece) -> None:
-        entry = self.header.entries[piece.name]
-        offset = self.header.data_start + entry.start
-        if piece.start:
-            rows_before = type(entry.spec)(entry.spec.dtype, (piece.start, *entry.spec.shape[1:]))
-            offset += rows_before.nbytes
-        files.write_at(self.fd, _bytes_of(piece.tensor), offset)
-
-    def copy(self, name: str, extent: Extent, stop: threading.Event) -> None:
-        offset = self.header.data_start + self.header.entries[name].start
-        done = 0
-        while done < extent.nbytes and not stop.is_set():
-            got = files.kernel_copy(
-                extent.file.fileno(),
-                extent.offset + done,
-                self.fd,
-                offset + done,
-                extent.nbytes - done,
-            )
-            if not got:  # the kernel cannot, or the source has ended, which the next line tells
-                buffer = memoryview(bytearray(min(extent.nbytes - done, files.COPY_BYTES)))
-                extent.file.read_into(buffer, extent.offset + done, tensor=name)
-                files.write_at(self.fd, buffer, offset + done)
-                got = len(buffer)
-            done += got
-
-    def part_done(self, index: int) -> None:
-        self.finished.add(index)
-
-
-def _lay_out(checkpoint: Checkpoint) -> tuple[bytes, Header]:
-    metadata = dict(checkpoint.metadata)
-    if checkpoint.stages:
-        metadata[manifest.HISTORY_KEY] = manifest.history(checkpoint)
-    return header.lay_out(checkpoint.specs, metadata)
-
-
 def nbytes_file(checkpoint: Checkpoint) -> int:
     """Size in bytes of the file that a sink would make of `checkpoint`."""
-    return _lay_out(checkpoint)[1].nbytes_file
+    return header.nbytes_laid_out(checkpoint.specs, final_metadata(checkpoint))
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-class FileSink(_OpenFile):
+class FileSink(JournalledFile):
     """Writes `checkpoint` to `target` through `target.partial`.
 
     Use as a context manager: leaving it normally commits; leaving it by an exception that says the
     work cannot be finished removes the partial file; leaving it by KeyboardInterrupt keeps it, as a
-    kill does, and the same call later goes on from there.
+    kill does, and the same call later goes on from there. `in_place` says that `target` is the
+    input itself: it stays until the new file is complete, and its mode is kept.
 
     Raises: PlanError if `target` exists (without `force`), is one of the inputs, is not a regular
     file, is being written by another process, or has a partial file of other work (without
@@ -119,39 +66,31 @@ class FileSink(_OpenFile):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, target: Path, *, force: bool = False, restart: bool = False
+        self,
+        checkpoint: Checkpoint,
+        target: Path,
+        *,
+        force: bool = False,
+        restart: bool = False,
+        in_place: bool = False,
     ) -> None:
-        super().__init__(checkpoint)
-        self.shown = str(target)
-        # Through a link the file behind it is replaced, not the link.
-        self.target = Path(os.path.realpath(target))
         self.partial, journal = _working_files(target)
-        self.journal = Journal(journal)
-        self._force, self._restart = force, restart
+        super().__init__(checkpoint, target, journal)
+        self._force, self._restart, self._in_place = force or in_place, restart, in_place
         self._parts = len(checkpoint.parts)
         self._inputs = checkpoint.inputs
-        check_target(checkpoint, target, force=force)
-        self.digest = manifest.work_digest(checkpoint)
-        # What the work is, and of when its inputs are: a touched source means a fresh start.
-        self._work = hashlib.sha256(self.digest.encode() + self.head).hexdigest()
-        times = repr([file.mtime_ns for file in checkpoint.inputs])
-        self._digest = f"{self._work}-{hashlib.sha256(times.encode()).hexdigest()}"
-        self._lock = threading.Lock()
-        self._unsafe: list[int] = []
-        self._closing = threading.Event()
-        self._syncer = Worker(self._sync_behind, "cq-sync")
-        self._sync_error: OSError | None = None
+        check_target(checkpoint, target, force=force, in_place=in_place)
 
     def __enter__(self) -> FileSink:
         try:
             self.fd = os.open(self.partial, files.OWN_FLAGS, 0o666)
         except OSError as error:
-            raise _unwritable(self.shown, error) from error
+            raise unwritable(self.shown, error) from error
         try:
             self._claim()
             if not self._resume():
                 self._start()
-            self._syncer.start()
+            self.syncer.start()
         except BaseException as error:
             # Of a PlanError the partial file is somebody else's; of Ctrl-C it is to be resumed.
             self._leave(remove=not isinstance(error, PlanError | KeyboardInterrupt))
@@ -186,50 +125,31 @@ class FileSink(_OpenFile):
                 hint="move it away, or add `--restart` to discard it",
                 code="plan.other_partial",
             )
-        digest, finished = read_journal(self.journal.path) or (self._digest, set())
+        digest, finished = read_journal(self.journal.path) or (self.dated, set())
         # Cut off while its space was being reserved, it holds nothing yet.
         whole = size == self.header.nbytes_file or not finished
-        if digest.split("-")[0] != self._work or not whole:
+        if digest.split("-")[0] != self.work or not whole:
             raise PlanError(
                 f"`{self.partial}` holds unfinished work of another command",
                 where=str(self.partial),
                 hint="run that command again to finish it, or add `--restart` to discard it",
                 code="plan.other_partial",
             )
-        if not finished or digest != self._digest:
+        if not finished or digest != self.dated:
             return False
         self.finished = {index for index in finished if index < self._parts}
         files.write_at(self.fd, memoryview(self.head), 0)  # a power loss may have taken it
-        self.journal.begin(self._digest, go_on=True)
+        self.journal.begin(self.dated, go_on=True)
         return True
 
     def _start(self) -> None:
         try:
             os.ftruncate(self.fd, 0)
-            self.journal.begin(self._digest, go_on=False)
+            self.journal.begin(self.dated, go_on=False)
             files.reserve(self.fd, self.header.nbytes_file)
             files.write_at(self.fd, memoryview(self.head), 0)
         except OSError as error:
-            raise _no_room(self.shown, self.header.nbytes_file, error) from error
-
-    def part_done(self, index: int) -> None:
-        with self._lock:
-            super().part_done(index)
-            self.journal.part_done(index)
-            self._unsafe.append(index)
-
-    def _sync_behind(self) -> None:
-        # The disk works while the parts are computed, and the last sync has little left to do.
-        try:
-            while not self._closing.wait(_SYNC_SECONDS):
-                with self._lock:
-                    written, self._unsafe = self._unsafe, []
-                if written:
-                    os.fsync(self.fd)
-                    with self._lock:
-                        self.journal.parts_safe(written)
-        except OSError as error:
-            self._sync_error = error
+            raise no_room(self.shown, self.header.nbytes_file, error) from error
 
     def __exit__(
         self,
@@ -237,7 +157,7 @@ class FileSink(_OpenFile):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stop_syncing()
+        self.stop_syncing()
         if kind is None:
             try:
                 self._commit()
@@ -247,7 +167,7 @@ class FileSink(_OpenFile):
         else:
             self._leave(remove=not issubclass(kind, KeyboardInterrupt))
             if isinstance(error, OSError):
-                raise _no_room(self.shown, self.header.nbytes_file, error) from error
+                raise no_room(self.shown, self.header.nbytes_file, error) from error
 
     def _commit(self) -> None:
         if len(self.finished) != self._parts:
@@ -258,32 +178,23 @@ class FileSink(_OpenFile):
             os.fsync(self.fd)
             check_unchanged(self._inputs)
             if self.target.exists() and not self._force:
-                raise _exists(self.shown)
+                raise already_there(self.shown)
+            if self._in_place and hasattr(os, "fchmod"):
+                os.fchmod(self.fd, stat.S_IMODE(self.target.stat().st_mode))
             self.partial.replace(self.target)
         except OSError as error:
-            raise _unwritable(self.shown, error) from error
+            raise unwritable(self.shown, error) from error
         files.sync_directory(self.target.parent)
         if not self.partial.exists():  # else another run has begun, and the journal is its own
             self.journal.remove()
-        self._close()
+        self.close()
 
     def _leave(self, *, remove: bool) -> None:
         if remove:
             self.journal.remove()
             with suppress(OSError):
                 self.partial.unlink(missing_ok=True)
-        self._close()
-
-    def _stop_syncing(self) -> None:
-        self._closing.set()
-        self._syncer.wait_out()
-
-    def _close(self) -> None:
-        self._stop_syncing()
-        self.journal.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.close()
 
 
 def _working_files(target: Path) -> tuple[Path, Path]:
@@ -299,14 +210,16 @@ def _same_file(one: Path, other: Path) -> bool:
         return False
 
 
-def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
+def check_target(
+    checkpoint: Checkpoint, target: Path, *, force: bool, in_place: bool = False
+) -> None:
     """Check, before any work, that `target` may be written.
 
-    Raises: PlanError if it exists without `force`, is an input, or is not a regular file;
-    ResourceError if its directory is missing.
+    Raises: PlanError if it exists without `force`, is an input (unless `in_place`), or is not a
+    regular file; ResourceError if its directory is missing.
     """
     shown = str(target)
-    for path in (target, *_working_files(target)):
+    for path in (*(() if in_place else (target,)), *_working_files(target)):
         if any(file.same_file(path) for file in checkpoint.inputs) or any(
             _same_file(source.path, path) for source in checkpoint.sources
         ):
@@ -325,8 +238,8 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
             hint="name a file; `-o -` writes the bytes to stdout",
             code="plan.output_kind",
         )
-    if os.path.exists(target) and not force:
-        raise _exists(shown)
+    if os.path.exists(target) and not (force or in_place):
+        raise already_there(shown)
     parent = os.path.dirname(os.path.realpath(target))
     if not os.path.isdir(parent):
         raise ResourceError(
@@ -334,7 +247,7 @@ def check_target(checkpoint: Checkpoint, target: Path, *, force: bool) -> None:
         )
 
 
-class StreamSink(_OpenFile):
+class StreamSink(OpenFile):
     """Writes `checkpoint` to a byte stream in file order, through an unlinked temporary file.
 
     A file begins with the tensors of the widest dtypes, such as the scales that are known last, so
@@ -354,7 +267,7 @@ class StreamSink(_OpenFile):
             files.reserve(self.fd, self.header.nbytes_file)
             files.write_at(self.fd, memoryview(self.head), 0)
         except OSError as error:
-            raise _no_room(tempfile.gettempdir(), self.header.nbytes_file, error) from error
+            raise no_room(tempfile.gettempdir(), self.header.nbytes_file, error) from error
         return self
 
     def __exit__(
@@ -366,7 +279,7 @@ class StreamSink(_OpenFile):
         assert self._spool is not None
         with self._spool:
             if isinstance(error, OSError):
-                raise _no_room(tempfile.gettempdir(), self.header.nbytes_file, error) from error
+                raise no_room(tempfile.gettempdir(), self.header.nbytes_file, error) from error
             if kind is not None:
                 return
             check_unchanged(self._inputs)
@@ -378,10 +291,11 @@ class StreamSink(_OpenFile):
             except BrokenPipeError:
                 raise
             except OSError as failure:
-                raise _unwritable("stdout", failure) from failure
+                raise unwritable("stdout", failure) from failure
 
 
-def _exists(shown: str) -> PlanError:
+def already_there(shown: str) -> PlanError:
+    """The error for an output that exists, without `--force`."""
     return PlanError(
         f"`{shown}` exists already",
         where=shown,
@@ -390,7 +304,8 @@ def _exists(shown: str) -> PlanError:
     )
 
 
-def _unwritable(shown: str, error: OSError) -> CqError:
+def unwritable(shown: str, error: OSError) -> CqError:
+    """The error for an output that the system refuses to open or write."""
     return ResourceError(
         f"cannot write `{shown}`: {(error.strerror or str(error)).lower()}",
         where=shown,
@@ -398,7 +313,8 @@ def _unwritable(shown: str, error: OSError) -> CqError:
     )
 
 
-def _no_room(shown: str, nbytes: int, error: OSError) -> CqError:
+def no_room(shown: str, nbytes: int, error: OSError) -> CqError:
+    """The error for an output of `nbytes` that the disk has no room for."""
     return ResourceError(
         f"cannot write `{shown}`, which takes {nbytes} bytes:"
         f" {(error.strerror or str(error)).lower()}",

@@ -7,18 +7,20 @@ so results do not depend on how many workers there are.
 
 from __future__ import annotations
 
+import heapq
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cq.core.checkpoint import Part, Piece
 from cq.core.dtypes import TensorSpec, spec_of
-from cq.core.engine import memory
+from cq.core.engine import device, memory
 from cq.core.errors import InternalError, ResourceError
+from cq.core.placement import CPU, Placement, Room, StreamingMode, offered, placed
 
 
 class Progress(NamedTuple):
@@ -34,11 +36,17 @@ class Progress(NamedTuple):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """How to run. `workers` None is one per core; `memory_limit` in bytes bounds the parts in
-    flight together, None is half of what the machine has free."""
+    flight together, None is half of what the machine has free. `device` computes what can be
+    computed there, in portions of the `streaming_mode`, within `vram_limit` bytes; None is most of
+    what is free. `on_retreat` is told the names of parts for which its memory ran out."""
 
     workers: int | None = None
     memory_limit: int | None = None
+    device: str = CPU
+    streaming_mode: StreamingMode = "auto"
+    vram_limit: int | None = None
     on_progress: Callable[[Progress], None] | None = None
+    on_retreat: Callable[[str], None] | None = None
 
 
 class Worker:
@@ -80,11 +88,15 @@ class Stop(Exception):
 
 
 class Job:
-    """What a worker is given: its part, and the means to report and to notice a stop."""
+    """What a worker is given: its part, where it is computed if there is a choice, and the means to
+    report and to notice a stop."""
 
-    def __init__(self, runner: _Runner, index: int, part: Part) -> None:
+    def __init__(
+        self, runner: _Runner, index: int, part: Part, placement: Placement | None
+    ) -> None:
         self.index = index
         self.part = part
+        self.placement = placement
         self.stop = runner.stop
         self._runner = runner
 
@@ -113,22 +125,34 @@ def run(
     Raises: the first error of any worker, after the others have stopped; ResourceError before any
     work if a part alone exceeds the budget; KeyboardInterrupt after an orderly stop.
     """
-    limit = check_budget(parts, settings.memory_limit)
-    _Runner(parts, work, settings, limit, skip).run()
+    limit = check_budget(parts, settings.memory_limit, settings.streaming_mode)
+    where = device.found(settings.device)
+    room = Room(host=limit, device=where, vram=device.vram(where, settings.vram_limit))
+    _Runner(parts, work, settings, room, skip).run()
 
 
-def check_budget(parts: Sequence[Part], memory_limit: int | None) -> int:
-    """The budget in bytes, once it is known that every part fits into it.
+def check_budget(
+    parts: Sequence[Part], memory_limit: int | None, streaming_mode: StreamingMode = "auto"
+) -> int:
+    """The budget in bytes, once it is known that every part fits into it, computed on the CPU, in
+    as small portions as the mode allows.
 
     Raises: ResourceError with the figure needed if a part alone exceeds it.
     """
     limit = memory.default_limit() if memory_limit is None else memory_limit
-    largest = max((part for part in parts), key=lambda p: p.nbytes_peak, default=None)
-    if largest is not None and largest.nbytes_peak > limit:
+
+    def needed(part: Part) -> int:
+        if part.work is None or (streaming_mode != "off" and part.nbytes_peak <= limit):
+            return part.nbytes_peak
+        return placed(part.work, streaming_mode, Room(host=limit)).nbytes_host
+
+    largest = max(parts, key=needed, default=None)
+    if largest is not None and needed(largest) > limit:
+        whole = "; `--streaming-mode auto` needs less" if streaming_mode == "off" else ""
         raise ResourceError(
-            f"layer `{largest.name}` needs {largest.nbytes_peak / 1e6:.1f} MB,"
+            f"layer `{largest.name}` needs {needed(largest) / 1e6:.1f} MB,"
             f" over the memory limit of {limit / 1e6:.1f} MB",
-            hint="raise `--memory-limit`",
+            hint=f"raise `--memory-limit`{whole}",
             code="resource.memory",
         )
     return limit
@@ -140,28 +164,35 @@ class _Runner:
         parts: Sequence[Part],
         work: Callable[[Job], None],
         settings: Settings,
-        limit: int,
+        room: Room,
         skip: frozenset[int],
     ) -> None:
         self.stop = threading.Event()
         self._work = work
-        self._limit = limit
+        self._limit = room.host
+        self._mode = settings.streaming_mode
         self._on_progress = settings.on_progress
+        self._on_retreat = settings.on_retreat
         self._queue = [(i, part) for i, part in enumerate(parts) if i not in skip]
         self._next = 0
-        self._in_flight = 0
+        self._in_flight = self._in_flight_there = 0
         self._running = 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
-        self._computes = any(part.extent is None for _, part in self._queue)
+        self._computes = any(
+            part.extent is None and part.constant is None for _, part in self._queue
+        )
         self._parts = len(parts)
         self._parts_done = self._parts - len(self._queue)
         self._total = sum(part.nbytes for part in parts)
         self._done = self._total - sum(part.nbytes for _, part in self._queue)
         self._workers = max(1, min(settings.workers or default_workers(), len(self._queue)))
+        self._room = replace(room, workers=self._workers)
 
     def run(self) -> None:
         workers = [Worker(self._worker, f"cq-{i}") for i in range(self._workers)]
+        peaks = (part.nbytes_peak for _, part in self._queue)
+        memory.fit(self._limit, sum(heapq.nlargest(self._workers, peaks)))
         with single_threaded_torch(self._computes):
             try:
                 for worker in workers:
@@ -197,7 +228,7 @@ class _Runner:
             torch.set_num_threads(1)
         while (job := self._take()) is not None:
             try:
-                self._work(job)
+                self._do(job)
             except Stop:
                 return
             except BaseException as error:
@@ -207,22 +238,50 @@ class _Runner:
                 return
             finally:
                 with self._changed:
-                    self._in_flight -= job.part.nbytes_peak
+                    here, there = _needs(job.part, job.placement)
+                    self._in_flight -= here
+                    self._in_flight_there -= there
                     self._running -= 1
                     self._parts_done += 1
                     self._changed.notify_all()
+
+    def _do(self, job: Job) -> None:
+        if job.placement is None:
+            self._work(job)
+            return
+
+        def retreat() -> None:
+            if self._on_retreat is not None:
+                self._on_retreat(job.part.name)
+
+        with offered(job.placement, retreat):
+            self._work(job)
 
     def _take(self) -> Job | None:
         with self._changed:
             while not self.stop.is_set() and self._next < len(self._queue):
                 index, part = self._queue[self._next]
-                if not self._running or self._in_flight + part.nbytes_peak <= self._limit:
+                work, room = part.work, self._room
+                placement = None if work is None else placed(work, self._mode, room)
+                here, there = _needs(part, placement)
+                if not self._running or (
+                    self._in_flight + here <= self._limit
+                    and self._in_flight_there + there <= room.vram
+                ):
                     self._next += 1
                     self._running += 1
-                    self._in_flight += part.nbytes_peak
-                    return Job(self, index, part)
+                    self._in_flight += here
+                    self._in_flight_there += there
+                    return Job(self, index, part, placement)
                 self._changed.wait()
             return None
+
+
+def _needs(part: Part, placement: Placement | None) -> tuple[int, int]:
+    """Bytes of the host and of a device that a part takes."""
+    if placement is None:
+        return part.nbytes_peak, 0
+    return placement.nbytes_host, placement.nbytes_device
 
 
 def checked(part: Part) -> Iterator[Piece]:

@@ -1,0 +1,301 @@
+"""Hard faults, at real processes: kills, full disks, sources that change, signals; and odd inputs.
+
+What concerns one module alone is tested with it (`test_sink.py`, `test_shares.py`); what needs
+hundreds of strikes is `make faults`.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import make
+import pytest
+import torch
+
+import cq
+from bench import faults
+from bench import memory as measured
+from cq.cli import options
+from cq.cli.main import run as run_line
+from cq.cli.output import Terminal
+from cq.core import shards
+from cq.core.engine import memory
+from tests.processes import CQ, TIMEOUT, big_model, environment
+from tests.processes import cq as run_cq
+
+__all__ = ["big_model"]  # a fixture, used by its name
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("cq", "cq_analyze", "cq_edit", "cq_merge", "cq_quant")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("faults") / "inputs"
+    directory.mkdir()
+    return faults.prepare(directory, blocks=6, width=256)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", faults.COMMANDS, ids=lambda command: command.name)
+def test_killed_command_leaves_whole_files_and_comes_again_to_equal_bytes(
+    command: faults.Command, inputs: Path
+) -> None:
+    whole, seconds = faults.undisturbed(inputs, command)
+    moments = random.Random(command.name)
+    faults.strike(inputs, command, whole, moments.uniform(0, seconds / 3), once_begun=True)
+    assert faults.fill_disk(inputs, command, whole, moments.randrange(64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_disk_that_fills_up_in_the_middle_leaves_nothing(share: float, inputs: Path) -> None:
+    command = faults.COMMANDS[0]
+    whole, _ = faults.undisturbed(inputs, command)
+    limit = int(share * len(whole["out.safetensors"]))
+    assert faults.fill_disk(inputs, command, whole, limit)
+
+
+def test_strike_notices_a_broken_output(inputs: Path) -> None:
+    command = faults.COMMANDS[0]
+    whole, _ = faults.undisturbed(inputs, command)
+    broken = {name: value[:-1] for name, value in whole.items()}
+    with pytest.raises(AssertionError):
+        faults.strike(inputs, command, broken, 0.0, once_begun=True)
+
+
+def test_shards_killed_between_a_name_and_the_note_of_it_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = cq.open(make.save(tmp_path / "base.safetensors", make.model(blocks=3)))
+    size = 100_000
+    shards.write_shards(model, tmp_path / "whole.safetensors", max_bytes=size)
+    write = shards.write
+
+    def killed(*args: Any, **options: Any) -> None:
+        write(*args, **options)
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write", killed)
+        for _ in range(2):  # each time another shard is whole, and nothing says so
+            with pytest.raises(KeyboardInterrupt):
+                shards.write_shards(model, out, max_bytes=size)
+    written = shards.write_shards(model, out, max_bytes=size)
+    assert 0 < written.parts_resumed < written.parts
+    for path in tmp_path.glob("whole*-of-*"):
+        other = path.with_name(path.name.replace("whole", "out"))
+        assert path.read_bytes() == other.read_bytes()
+
+
+@pytest.fixture
+def stopped(big_model: Path, tmp_path: Path) -> Any:
+    """A run that has begun to write and stands still, of a source that is its own."""
+    source = tmp_path / "source.safetensors"
+    source.write_bytes(big_model.read_bytes())
+    process = subprocess.Popen(
+        [*CQ, "quant", str(source), "-o", "out.st", "--workers", "1"],
+        cwd=tmp_path,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    journal = tmp_path / "out.st.partial.journal"
+    deadline = time.monotonic() + TIMEOUT
+    while not journal.exists() or journal.read_bytes().count(b"done ") < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    yield process, source
+    process.kill()
+    process.communicate()
+
+
+def cut(source: Path) -> None:
+    os.truncate(source, source.stat().st_size // 2)
+
+
+def rewrite(source: Path) -> None:
+    with source.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("harm", "word"), [(cut, "cut while"), (rewrite, "was changed while")])
+def test_source_that_changes_under_a_run_is_one_error_and_leaves_nothing(
+    harm: Callable[[Path], None], word: str, stopped: Any, tmp_path: Path
+) -> None:
+    process, source = stopped
+    harm(source)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, out) == (3, ""), err
+    assert err.count("error:") == 1
+    assert word in err
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_sigterm_keeps_finished_work_and_exits_143(stopped: Any, tmp_path: Path) -> None:
+    process, source = stopped
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, out) == (143, "")
+    assert "error: terminated\n\nhint: run the same command again to go on" in err
+    again = run_cq("quant", source, "-o", "out.st", cwd=tmp_path)
+    assert again.code == 0
+    assert "parts were ready" in again.err
+
+
+def test_what_a_library_makes_of_a_signal_is_no_bug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(options, "asked_to_stop", [options.Terminating()])
+
+    def body() -> int:
+        raise ImportError("cannot load module more than once per process")
+
+    assert options.guard(Terminal(), body) == 143
+    assert capsys.readouterr().err == "error: terminated\n"
+    monkeypatch.setattr(options, "asked_to_stop", [])
+    assert options.guard(Terminal(), body) == 70
+
+
+def test_sigterm_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    script = (
+        "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "sys.argv = ['cq', '--version']; from cq.cli.entry import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def quiet(*argv: object) -> int:
+    return run_line([str(word) for word in argv], Terminal())
+
+
+ODD = {
+    "blocks.0.linear.weight": make.weight(64, 128, dtype="BF16"),
+    "blocks.0.conv.weight": make.weight(8, 4, 3, 3, 3, dtype="F16"),
+    "scalar": make.weight(dtype="F32"),
+    "empty": torch.empty(0, 7),
+    "hollow": torch.empty(3, 0, 2, dtype=torch.int8),
+    "one.weight": make.weight(1, 1),
+    "слой.重み 🎨": make.weight(3),
+    "blocks.0." + "n" * 3000: make.weight(2),
+}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quant", "--optimizer", "rtn"),
+        ("quant", "--format", "fp32"),
+        ("quant", "--format", "nvfp4"),
+        ("merge",),
+        ("edit", "--set-meta", "a=b"),
+        ("edit", "--cast", "*=fp16"),
+        ("run",),
+    ],
+    ids=" ".join,
+)
+def test_tensors_of_odd_shapes_and_names_pass_every_command(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make.save(tmp_path / "größe 模型.safetensors", ODD)
+    lora = {
+        "blocks.0.linear.lora_A.weight": make.weight(4, 128),
+        "blocks.0.linear.lora_B.weight": make.weight(64, 4),
+    }
+    adapters = [make.save(tmp_path / "l.safetensors", lora)] if words == ("merge",) else []
+    out = tmp_path / "aus gabe\n💾.safetensors"
+    assert quiet(words[0], model, *adapters, *words[1:], "-o", out) == 0, capsys.readouterr().err
+    made = make.load(out)
+    assert {name: tuple(t.shape) for name, t in made.items() if name in ODD} == {
+        name: tuple(t.shape)
+        for name, t in ODD.items()
+        if name in made and not (words[-1] == "nvfp4" and name == "blocks.0.linear.weight")
+    } | ({"blocks.0.linear.weight": (64, 64)} if words[-1] == "nvfp4" else {})
+    assert set(ODD) <= set(made)
+    for command in ("verify", "analyze"):
+        assert quiet(command, out) in {0, 1}, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [240, 250, 255, 256, 5000])
+def test_output_name_of_any_length_is_written_or_one_error(
+    length: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make.save(tmp_path / "b.safetensors", make.model(blocks=1))
+    name = "o" * (length - len(".safetensors")) + ".safetensors"
+    for shard in ((), ("--shard", "1/1")):
+        code = quiet("run", base, "-o", tmp_path / name, "--force", *shard)
+        err = capsys.readouterr().err
+        left = sorted(p.name for p in tmp_path.iterdir())
+        if code:
+            assert (code, err.count("error:"), left) == (5, 1, ["b.safetensors"]), err
+        else:
+            assert left == sorted(["b.safetensors", name])
+            (tmp_path / name).unlink()
+    assert code == (0 if length == 240 else 5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a peak that begins anew")
+@pytest.mark.parametrize("limit", [40, 100])
+def test_memory_limit_holds_in_a_real_process(limit: int, tmp_path: Path) -> None:
+    """Eight workers, of whom a small limit lets few run."""
+    for name, layers in (("tiny", 8), ("wide", 24)):
+        columns = 64 if name == "tiny" else 2048
+        tensors = {f"blocks.{i}.linear.weight": make.weight(64, columns) for i in range(layers)}
+        if name == "wide":
+            tensors = {n: w.repeat(16, 1).bfloat16() for n, w in tensors.items()}
+        make.save(tmp_path / f"{name}.safetensors", tensors)
+    tiny, wide = (
+        measured.quant(tmp_path, name, "quip", "int8_tensorwise") for name in ("tiny", "wide")
+    )
+    taken = measured.growth(tiny, [*wide, "--memory-limit", f"{limit}MB", "-q"])
+    assert 8_000_000 < taken < measured.ALLOWED * limit * 1_000_000
+
+
+def test_freed_memory_is_kept_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    monkeypatch.setattr(memory, "_set_thresholds", kept.append)
+    monkeypatch.setattr(memory, "_may_keep", False)
+    memory.fit(1 << 40, 1)
+    assert kept == []  # in a library's host nothing is touched
+    monkeypatch.setattr(memory, "_may_keep", True)
+    memory.fit(400 << 20, 100 << 20)
+    memory.fit(200 << 20, 100 << 20)
+    assert kept[0] > 1 << 20 > kept[1]
+
+
+def test_no_clock_that_can_jump_decides_anything() -> None:
+    asked = {"time.time", "datetime.now", "datetime.utcnow", "date.today", "time.localtime"}
+    found = []
+    for path in (p for name in PACKAGES for p in (ROOT / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in asked:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert found == []
+
+
+def test_source_from_the_future_is_resumed_as_any_other(tmp_path: Path) -> None:
+    base = make.save(tmp_path / "base.safetensors", make.model(blocks=1))
+    os.utime(base, ns=(1 << 61, 1 << 61))
+    cq.write(cq.open(base), tmp_path / "out.st")
+    assert make.load(tmp_path / "out.st").keys() == make.load(base).keys()
