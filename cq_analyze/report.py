@@ -14,6 +14,7 @@ from cq.core.dtypes import TensorSpec
 from cq.core.text import printable
 from cq_analyze import findings
 from cq_analyze.metrics import Sums, finite, pooled
+from cq_analyze.outputs import OutputError, mean_error
 from cq_analyze.survival import Survival, together
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def natural(name: str) -> tuple[str | int, ...]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """A layer that says it is quantized. `format`, `weight` are None where the file does not tell;
-    `fidelity` where it was not measured, `survival` without a base. `role` is what it is in its
+    `fidelity` where it was not measured, `survival` without a base, `output` where its inputs were
+    not recorded. `role` is what it is in its
     model: `linear`, `embedding`, or what the family says."""
 
     layer: str
@@ -80,6 +82,7 @@ class Layer:
     nbytes: int
     fidelity: Sums | None = None
     survival: Survival | None = None
+    output: OutputError | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -93,6 +96,7 @@ class Layer:
             "nbytes": self.nbytes,
             "fidelity": None if self.fidelity is None else self.fidelity.to_dict(),
             "survival": None if self.survival is None else self.survival.to_dict(),
+            "output": None if self.output is None else self.output.to_dict(),
         }
 
 
@@ -146,6 +150,17 @@ class Fidelity:
         found = [layer.survival for layer in self.layers if layer.survival is not None]
         return together(found) if found else None
 
+    @property
+    def worst_outputs(self) -> tuple[tuple[Layer, OutputError], ...]:
+        """Up to ten layers whose outputs are not exact, the largest output error first."""
+        found = [(x, x.output) for x in self.layers if x.output and x.output.lost > 0]
+        return tuple(sorted(found, key=lambda one: -one[1].relative_error)[:WORST_LAYERS])
+
+    @property
+    def outputs(self) -> tuple[OutputError, ...]:
+        """Of the layers whose inputs were recorded."""
+        return tuple(layer.output for layer in self.layers if layer.output is not None)
+
     def _sums(self) -> list[Sums]:
         return [layer.fidelity for layer in self.layers if layer.fidelity is not None]
 
@@ -163,6 +178,17 @@ class Fidelity:
             ],
             "roles": {role: sums.to_dict() for role, sums in self.roles.items()},
             "survival": None if self.survival is None else self.survival.to_dict(),
+            "output": self._output(),
+        }
+
+    def _output(self) -> dict[str, Any] | None:
+        found = self.outputs
+        if not found:
+            return None
+        return {
+            "layers": len(found),
+            "mean_error": mean_error(found),
+            "worst": [{"layer": x.layer, **error.to_dict()} for x, error in self.worst_outputs],
         }
 
 
@@ -239,26 +265,30 @@ class Gate:
         }
 
 
-def gates(layers: Iterable[Layer], min_sqnr: float | None, max_error: float | None) -> list[Gate]:
+def gates(
+    layers: Iterable[Layer],
+    min_sqnr: float | None,
+    max_error: float | None,
+    max_output_error: float | None = None,
+) -> list[Gate]:
     """The gates that were asked for, judged."""
-    measured = [(layer.layer, layer.fidelity) for layer in layers if layer.fidelity is not None]
+    every = [layer for layer in layers if layer.fidelity is not None]
+    levels = [(layer.layer, layer.fidelity.sqnr) for layer in every if layer.fidelity is not None]
+    errors = [(x.layer, x.fidelity.relative_error) for x in every if x.fidelity is not None]
+    outputs = [(x.layer, x.output.relative_error) for x in every if x.output is not None]
     found = []
     if min_sqnr is not None:
-        low = [(name, sums.sqnr) for name, sums in measured if not sums.sqnr >= min_sqnr]
-        low.sort(key=lambda failure: failure[1])
+        low = sorted((f for f in levels if not f[1] >= min_sqnr), key=lambda failure: failure[1])
         found.append(
-            Gate(name="min_sqnr", limit=min_sqnr, measured=len(measured), failures=tuple(low))
+            Gate(name="min_sqnr", limit=min_sqnr, measured=len(levels), failures=tuple(low))
         )
-    if max_error is not None:
-        high = [
-            (name, sums.relative_error)
-            for name, sums in measured
-            if not sums.relative_error <= max_error
-        ]
-        high.sort(key=lambda failure: -failure[1])
-        found.append(
-            Gate(name="max_error", limit=max_error, measured=len(measured), failures=tuple(high))
-        )
+    for name, limit, measured in (
+        ("max_error", max_error, errors),
+        ("max_output_error", max_output_error, outputs),
+    ):
+        if limit is not None:
+            high = sorted((f for f in measured if not f[1] <= limit), key=lambda f: -f[1])
+            found.append(Gate(name=name, limit=limit, measured=len(measured), failures=tuple(high)))
     return found
 
 

@@ -9,20 +9,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from cq.core import comfy, recipe, select
+from cq.core.calibration import Calibration
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import DTYPES
 from cq.core.engine import local
 from cq.core.errors import PlanError, UsageError
-from cq.core.formats import first_release, newest
+from cq.core.formats import SMOOTHED_SINCE, first_release, newest
 from cq.core.knowledge import Knowledge, know
 from cq.core.manifest import history
 from cq.core.source import check_unchanged
 from cq.core.stored import SMOOTHING, is_code
-from cq_analyze import agreement, structure, values
+from cq_analyze import agreement, outputs, structure, values
+from cq_analyze.equalized import rounded
 from cq_analyze.findings import KINDS
 from cq_analyze.reference import Reference
 from cq_analyze.report import (
@@ -38,8 +41,16 @@ from cq_analyze.report import (
 )
 
 if TYPE_CHECKING:
+    from cq_analyze.faults import Outcome
     from cq_analyze.structure import Marked, Structure
-    from cq_analyze.values import Outcome
+
+
+class _Limits(NamedTuple):
+    """The gates on layers, None where there is none."""
+
+    min_sqnr: float | None
+    max_error: float | None
+    max_output_error: float | None
 
 
 def verify(
@@ -49,6 +60,8 @@ def verify(
     base: Checkpoint | None = None,
     min_sqnr: float | None = None,
     max_error: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    max_output_error: float | None = None,
     fail_on: Sequence[str] | None = None,
     header_only: bool = False,
     workers: int | None = None,
@@ -59,55 +72,65 @@ def verify(
 
     Every way in which a checkpoint is not right is a finding, never an exception. `against` is the
     unquantized checkpoint; with it, weights are decoded and compared, and `min_sqnr` (in dB) and
-    `max_error` (a relative error) are limits that every quantized layer must keep. `base` is what
-    `against` was merged from: it shows how much of the change survives. `fail_on` are patterns of
-    the names of findings that make the report fail, None for all of them. `header_only`
-    looks at names, shapes and markers alone. The checkpoint need not be a file: what a stage
-    promises is computed, measured and dropped, layer by layer, within `memory_limit` bytes.
+    `max_error` (a relative error) are limits that every quantized layer must keep. `calibration` is
+    a file of `cq.calibration.Recorder`: by the inputs in it the errors of the layers' outputs are
+    judged, for which `max_output_error` is a limit. `base` is what `against` was merged from: it
+    shows how much of the change survives. `fail_on` are patterns of the names of findings that make
+    the report fail, None for all of them. `header_only` looks at names, shapes and markers alone.
+    The checkpoint need not be a file: what a stage promises is computed, measured and dropped,
+    layer by layer, within `memory_limit` bytes.
 
-    Raises: UsageError for a gate or a base without `against`, either with `header_only`, or a
-    pattern that no finding has; PlanError if `against` or `base` is quantized itself.
+    Raises: UsageError for a gate, a calibration or a base without `against`, one with
+    `header_only`, or a pattern that no finding has; PlanError if `against` or `base` is quantized
+    itself, or the calibration is for another model; InputError if it is none.
     """
-    _check_usage(against, base, min_sqnr, max_error, header_only)
+    _check_usage(against, base, header_only, calibrated=calibration is not None)
+    limits = _Limits(min_sqnr, max_error, max_output_error)
+    _check_limits(limits, against, calibrated=calibration is not None)
     check_names(fail_on)
     for other, word in ((against, "reference"), (base, "base")):
         if other is not None:
             _refuse_quantized(other, word)
     judged = structure.examine(checkpoint)
-    known = know(checkpoint.specs)
-    layers = [_layer(marked, known) for marked in judged.marked]
-    report = Report(
-        checkpoint=_shown(checkpoint),
+    report = dataclasses.replace(
+        _by_header(checkpoint, judged, header_only=header_only),
         against=None if against is None else _shown(against),
         base=None if base is None else _shown(base),
         fail_on=None if fail_on is None else tuple(fail_on),
-        history=None if header_only else json.loads(history(checkpoint)),
-        header_only=header_only,
-        tensors=len(checkpoint.specs),
-        nbytes=checkpoint.nbytes,
-        layers=tuple(layers),
-        findings=_ordered(judged.findings),
-        notes=judged.notes,
-        first_comfyui=_first_comfyui(judged),
-        custom_loaders=_custom_loaders(judged),
     )
     if header_only:
         return report
-    reference = None if against is None else Reference(against)
-    origin = None if base is None else Reference(base)
+    recorded = None if calibration is None else Calibration.open(calibration)
     settings = local.Settings(workers=workers, memory_limit=memory_limit, on_progress=on_progress)
+    return _by_weights(checkpoint, judged, report, (against, base, recorded), limits, settings)
+
+
+def _by_weights(
+    checkpoint: Checkpoint,
+    judged: Structure,
+    report: Report,
+    others: tuple[Checkpoint | None, Checkpoint | None, Calibration | None],
+    limits: _Limits,
+    settings: local.Settings,
+) -> Report:
+    """`report` with what the weights tell. `others` are `verify`'s reference, base and
+    calibration."""
+    against, base, recorded = others
+    reference, notes = _reference(against, report, recorded, has_base=base is not None)
+    origin = None if base is None else Reference(base)
     decodes = any(marked.stored is not None for marked in judged.marked)
     kitchen = agreement.version() if decodes else None  # imported here, not by several threads
     outcomes = values.inspect(checkpoint, judged, reference, settings, base=origin)
-    others = [other for other in (against, base) if other is not None]
-    check_unchanged((*checkpoint.inputs, *(file for other in others for file in other.inputs)))
+    read = [other.inputs for other in (checkpoint, against, base) if other is not None]
+    read += [] if recorded is None else [recorded.source.files]
+    check_unchanged(file for files in read for file in files)
     measured = {outcome.layer: outcome for outcome in outcomes if outcome.layer is not None}
-    layers = [_measured(own, measured.get(own.layer)) for own in layers]
+    layers = [_measured(own, measured.get(own.layer)) for own in report.layers]
     findings = [*judged.findings, *(found for outcome in outcomes for found in outcome.findings)]
     report = dataclasses.replace(
         report,
         layers=tuple(layers),
-        notes=(*judged.notes, *_unread(checkpoint, judged)),
+        notes=(*report.notes, *_unread(checkpoint, judged), *notes, *_unjudged(layers, recorded)),
         kitchen=kitchen,
     )
     if reference is not None:
@@ -116,9 +139,41 @@ def verify(
             report,
             fidelity=_fidelity(layers),
             unquantized=_unquantized(checkpoint, judged, reference, outcomes),
-            gates=tuple(gates(layers, min_sqnr, max_error)),
+            gates=tuple(gates(layers, *limits)),
         )
     return dataclasses.replace(report, findings=_ordered(findings))
+
+
+def _by_header(checkpoint: Checkpoint, judged: Structure, *, header_only: bool) -> Report:
+    """What is known before a weight is read."""
+    known = know(checkpoint.specs)
+    return Report(
+        checkpoint=_shown(checkpoint),
+        history=None if header_only else json.loads(history(checkpoint)),
+        header_only=header_only,
+        tensors=len(checkpoint.specs),
+        nbytes=checkpoint.nbytes,
+        layers=tuple(_layer(marked, known) for marked in judged.marked),
+        findings=_ordered(judged.findings),
+        notes=judged.notes,
+        first_comfyui=_first_comfyui(judged),
+        custom_loaders=_custom_loaders(judged),
+    )
+
+
+def _reference(
+    against: Checkpoint | None, report: Report, recorded: Calibration | None, *, has_base: bool
+) -> tuple[Reference | None, list[str]]:
+    """What weights and outputs are compared with, and what is to be said of it."""
+    if against is None:
+        return None, []
+    judging = None
+    if recorded is not None:
+        named = [layer.layer for layer in report.layers]
+        judging = outputs.Outputs(recorded, named, str(report.checkpoint))
+    found = rounded(against, report.history or {"stages": []}, recorded, has_base=has_base)
+    notes = [] if found.note is None else [found.note]
+    return Reference(found.checkpoint, judging, found.inputs), notes
 
 
 def check_names(patterns: Sequence[str] | None) -> None:
@@ -135,9 +190,9 @@ def check_names(patterns: Sequence[str] | None) -> None:
 def _check_usage(
     against: Checkpoint | None,
     base: Checkpoint | None,
-    min_sqnr: float | None,
-    max_error: float | None,
     header_only: bool,
+    *,
+    calibrated: bool,
 ) -> None:
     if header_only and against is not None:
         raise UsageError(
@@ -149,7 +204,16 @@ def _check_usage(
             "`--base` needs what was made of it",
             hint="add `--against MERGED`, the unquantized checkpoint with the change",
         )
-    for flag, limit, least in (("--min-sqnr", min_sqnr, -math.inf), ("--max-error", max_error, 0)):
+    if calibrated and against is None:
+        raise UsageError(
+            "`--calibration` needs weights to compare with",
+            hint="add `--against REFERENCE`, the checkpoint that the file was made from",
+        )
+
+
+def _check_limits(limits: _Limits, against: Checkpoint | None, *, calibrated: bool) -> None:
+    for name, limit in limits._asdict().items():
+        flag = "--" + name.replace("_", "-")
         if limit is None:
             continue
         if against is None:
@@ -157,7 +221,9 @@ def _check_usage(
                 f"`{flag}` needs a reference to measure against",
                 hint="add `--against REFERENCE`, the checkpoint that the file was made from",
             )
-        if not math.isfinite(limit) or limit < least:
+        if flag == "--max-output-error" and not calibrated:
+            raise UsageError(f"`{flag}` needs recorded inputs", hint="add `--calibration FILE`")
+        if not math.isfinite(limit) or (limit < 0 and flag != "--min-sqnr"):
             raise UsageError(f"`{flag}` cannot be {limit}")
 
 
@@ -190,7 +256,7 @@ def _first_comfyui(judged: Structure) -> str | None:
             rotated=bool(marked.settings.get("convrot")),
         )
         releases += [] if release is None else [release]
-        releases += ["0.30.0"] if SMOOTHING in marked.specs else []
+        releases += [SMOOTHED_SINCE] if SMOOTHING in marked.specs else []
     return newest(releases)
 
 
@@ -221,7 +287,9 @@ def _layer(marked: Marked, known: Knowledge) -> Layer:
 def _measured(layer: Layer, outcome: Outcome | None) -> Layer:
     if outcome is None:
         return layer
-    return dataclasses.replace(layer, fidelity=outcome.fidelity, survival=outcome.survival)
+    return dataclasses.replace(
+        layer, fidelity=outcome.fidelity, survival=outcome.survival, output=outcome.output
+    )
 
 
 def _ordered(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -238,6 +306,15 @@ def _unread(checkpoint: Checkpoint, judged: Structure) -> list[str]:
     if not dtypes:
         return []
     return [f"{len(dtypes)} tensors were not looked into: {', '.join(sorted(set(dtypes)))}"]
+
+
+def _unjudged(layers: Sequence[Layer], recorded: Calibration | None) -> list[str]:
+    """What output errors are, and how many layers have none."""
+    if recorded is None:
+        return []
+    missing = sum(x.output is None for x in layers if x.fidelity is not None)
+    told = f"; of {missing} layers no inputs were recorded" if missing else ""
+    return [outputs.NOTE + told]
 
 
 def _lost_biases(judged: Structure, reference: Reference) -> list[Finding]:

@@ -230,7 +230,7 @@ def test_kind_computes_in_float64_for_such_weights(tmp_path: Path, case: Case) -
     assert relative(delta(change, flat(weight, torch.float64), 0.7), expected) < 1e-11
 
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "adapters.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "adapters" / "lycoris.json").read_text())
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -110,15 +110,17 @@ def kernel_copy(
 
 def hole(fd: int, offset: int, nbytes: int) -> int:
     """How many of `nbytes` from `offset` on lie in a hole, which reads as zeros; 0 where the
-    system does not tell."""
+    system does not tell, and behind the end of the file."""
     if not hasattr(os, "SEEK_DATA"):
         return 0
     with _seek_lock:
         try:
             data = os.lseek(fd, offset, os.SEEK_DATA)
         except OSError as error:  # no data follows, or there are no holes on this file system
-            return nbytes if error.errno == errno.ENXIO else 0
-    return min(nbytes, data - offset)
+            if error.errno != errno.ENXIO:
+                return 0
+            data = os.fstat(fd).st_size
+    return max(0, min(nbytes, data - offset))
 
 
 def lock(fd: int) -> bool:

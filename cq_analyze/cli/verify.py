@@ -48,6 +48,8 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--header-only", help="Look at names, shapes and markers only."),
         ] = False,
+        calibration: asked.Calibration = None,
+        max_output_error: asked.MaxOutputError = None,
         base: asked.Base = None,
         fail_on: asked.FailOn = None,
         images: asked.Images = None,
@@ -70,13 +72,15 @@ def register(app: typer.Typer) -> None:
     ) -> int:
         """Check that ComfyUI can load a quantized checkpoint, and measure what quantizing cost.
 
-        With --against it reports each layer's SQNR, relative error and cosine; with --images or
-        --comfyui it compares pictures. Exits 1 if there is a finding or a limit is not kept.
+        With --against it reports each layer's SQNR, relative error and cosine, with --calibration
+        the error of its output as well; with --images or --comfyui it compares pictures. Exits 1 if
+        there is a finding or a limit is not kept.
 
         \b
           cq verify out.safetensors --against flux.safetensors --min-sqnr 28
           cq quant flux.safetensors --defer | cq verify --against flux.safetensors
           cq verify out.safetensors --against merged.safetensors --base flux.safetensors
+          cq verify out.safetensors --against flux.safetensors --calibration flux.calib.safetensors
           cq verify --images before/ after/ --min-psnr 30 --contact-sheet sheet.png
         """
         here = options.terminal()
@@ -97,6 +101,10 @@ def register(app: typer.Typer) -> None:
             quantized, against, base, only_pictures=images is not None or comfyui is not None
         )
         asked.check_files([report, junit, contact_sheet], force=force)
+        if report is not None:
+            from cq_analyze.chart import check_installed
+
+            check_installed()
         models = None
         if comfyui is not None:
             models = asked.names(quantized, against, model_name, reference_name)
@@ -111,12 +119,18 @@ def register(app: typer.Typer) -> None:
             seed_list=seeds,
             timeout=timeout,
         )
-        limits = {"--min-sqnr": min_sqnr, "--max-error": max_error, "--header-only": header_only}
+        limits = {
+            "--min-sqnr": min_sqnr,
+            "--max-error": max_error,
+            "--max-output-error": max_output_error,
+            "--header-only": header_only,
+        }
         found = _verified(
             checkpoint,
             limits,
             against=reference,
             base=origin,
+            calibration=calibration,
             fail_on=fail_on or None,
             workers=workers,
             memory_limit=options.parse_size(memory_limit),
@@ -155,6 +169,7 @@ def _verified(
     *,
     against: Checkpoint | None,
     base: Checkpoint | None,
+    calibration: str | None,
     fail_on: list[str] | None,
     workers: int | None,
     memory_limit: int | None,
@@ -164,7 +179,7 @@ def _verified(
     from cq_analyze.verification import verify as verify_checkpoint
 
     if checkpoint is None:
-        for name, value in limits.items():
+        for name, value in {**limits, "--calibration": calibration}.items():
             if value is not None and value is not False:
                 raise UsageError(f"`{name}` needs a checkpoint", hint="name it as QUANT")
         check_names(fail_on)
@@ -176,6 +191,8 @@ def _verified(
             base=base,
             min_sqnr=limits["--min-sqnr"],
             max_error=limits["--max-error"],
+            calibration=calibration,
+            max_output_error=limits["--max-output-error"],
             fail_on=fail_on,
             header_only=bool(limits["--header-only"]),
             workers=workers,

@@ -32,6 +32,18 @@ FailOn = Annotated[
         "--fail-on", metavar="NAME", help="Only these findings fail (globs); default all of them."
     ),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", metavar="FILE", help="Judge layers' outputs by the inputs recorded in it."
+    ),
+]
+MaxOutputError = Annotated[
+    float | None,
+    typer.Option(
+        "--max-output-error", metavar="R", help="Exit 1 if a layer's output error is higher."
+    ),
+]
 Junit = Annotated[
     str | None, typer.Option("--junit", metavar="FILE", help="Write the result as JUnit XML.")
 ]

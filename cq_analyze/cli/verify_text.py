@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cq.cli import options
 from cq.cli.output import size
 from cq.core.text import printable
+from cq_analyze.outputs import mean_error
 
 if TYPE_CHECKING:
     from cq_analyze.metrics import Sums
@@ -66,6 +67,7 @@ def _show_fidelity(found: Fidelity) -> None:
         ("worst layers", "SQNR dB>", "relative error>", "cosine>", "max error>", "mean shift>"),
         rows,
     )
+    _show_outputs(found)
     if found.survival is None or found.survival.share is None:
         return
     least = sorted(
@@ -78,6 +80,30 @@ def _show_fidelity(found: Fidelity) -> None:
         [
             *(_kept(printable(x.layer), x.survival) for x in least[:_SHOWN_FAILURES] if x.survival),
             _kept(f"all {len(least)} layers that changed", found.survival),
+        ],
+    )
+
+
+def _show_outputs(found: Fidelity) -> None:
+    """The layers whose outputs suffer most; in a note stands what that is."""
+    errors = found.outputs
+    if not errors:
+        return
+    mean = mean_error(errors)
+    here = options.terminal()
+    here.data("")
+    here.table(
+        ("worst outputs", "output error>", "error of the weight>"),
+        [
+            *(
+                (
+                    printable(layer.layer),
+                    f"{error.relative_error:.5f}",
+                    "" if layer.fidelity is None else f"{layer.fidelity.relative_error:.5f}",
+                )
+                for layer, error in found.worst_outputs
+            ),
+            (f"mean of {len(errors)} layers", "exact" if mean is None else f"{mean:.5f}", ""),
         ],
     )
 

@@ -1,6 +1,6 @@
-"""Writes `tests/golden/adapters.json` anew: what LyCORIS itself makes of small weights.
+"""Writes `tests/golden/adapters/lycoris.json` anew: what LyCORIS itself makes of small weights.
 
-    PYTHONPATH=. SOME_ENVIRONMENT/bin/python -m tests.golden.adapters
+    PYTHONPATH=. SOME_ENVIRONMENT/bin/python -m tests.golden.lycoris
 
 Needs `lycoris-lora` (written with 4.1.3) beside torch; the tests need only the file. Each case has
 the weight, the tensors that LyCORIS saves for it, and the weight that its training sees at strength
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-PATH = Path(__file__).with_suffix(".json")
+PATH = Path(__file__).parent / "adapters" / "lycoris.json"
 _LARGEST = 64  # numbers are multiples of 1/64 where a file can choose them
 
 
