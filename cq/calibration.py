@@ -40,7 +40,8 @@ class Recorder:
     its block runs; blocks may follow one another.
 
     `rank` and `held_rank` are the directions that are kept, `rows_per_call` the rows of one call
-    that are looked at, spread evenly; None looks at all. Names are those of the model's modules.
+    that are looked at, spread evenly; None looks at all, as the largest inputs are always looked
+    for. Names are those of the model's modules.
     Layers that are always called with the same tensor, one after the other, are recorded once.
     Rows with values that are not finite are left out. Equal runs give equal files.
 
@@ -156,6 +157,18 @@ class _Hook:
                 self._recorder._look(self._name, value)
 
 
+def _reach(rows: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each feature over the rows that are finite. Shapes: `(N,)`."""
+    import torch
+
+    low, high = torch.aminmax(rows, dim=0)
+    reach = torch.maximum(high, -low)
+    if bool(torch.isfinite(reach).all()):
+        return reach
+    finite = rows[torch.isfinite(rows).all(1)]
+    return finite.abs().amax(0) if finite.shape[0] else torch.zeros_like(reach)
+
+
 def _version(value: torch.Tensor) -> int:
     """Counts changes in place; tensors of inference mode do not."""
     return -1 if value.is_inference() else value._version
@@ -179,6 +192,9 @@ class _Layer:
         import torch
 
         rows = value.detach().reshape(-1, value.shape[-1])
+        # Of all rows: what was left out of a maximum would be clipped.
+        reach = _reach(rows).to(self.absmax.device, torch.float32)
+        self.absmax = torch.maximum(self.absmax, reach)
         if limit is not None and rows.shape[0] > limit:
             spread = torch.arange(limit, device=rows.device) * rows.shape[0] // limit
             rows = rows[spread]
@@ -189,7 +205,6 @@ class _Layer:
         place = torch.arange(self.rows, self.rows + rows.shape[0], device=rows.device)
         self.rows += rows.shape[0]
         self.mean += (rows.mean(0) - self.mean) * (rows.shape[0] / self.rows)
-        self.absmax = torch.maximum(self.absmax, rows.abs().amax(0))
         held = place % HELD_EVERY == HELD_EVERY - 1
         self._taken.add(rows[~held])
         self._held.add(rows[held])

@@ -19,6 +19,21 @@ if TYPE_CHECKING:
 _COLUMNS = ("layers>", "layer", "becomes", "rotation>", "saves>", "reason")
 
 
+_Rotate = Annotated[
+    str,
+    typer.Option(
+        "--rotate",
+        metavar="auto|off|256|64|16",
+        help="Largest ConvRot group; auto is as the optimizer works.",
+    ),
+]
+_ScaleSearch = Annotated[
+    bool,
+    typer.Option(
+        "--scale-search/--no-scale-search",
+        help="Choose 4-bit scales of least error, or as the largest weight asks.",
+    ),
+]
 _Calibration = Annotated[
     str | None,
     typer.Option(
@@ -33,6 +48,32 @@ _CalibrationLora = Annotated[
         "--calibration-lora",
         metavar="FILE[:WEIGHT]",
         help="Count what this LoRA reads among the inputs; repeatable.",
+    ),
+]
+_InputScales = Annotated[
+    str | None,
+    typer.Option(
+        "--input-scales",
+        metavar="absmax",
+        help="Store by what a runtime divides inputs, for formats that take it.",
+    ),
+]
+_BiasCorrection = Annotated[
+    bool,
+    typer.Option("--bias-correction", help="Make biases carry the mean error of the outputs."),
+]
+_SmoothQuant = Annotated[
+    float | None,
+    typer.Option(
+        "--smoothquant",
+        metavar="ALPHA",
+        help="Move outliers from inputs to weights where a factor has a place.",
+    ),
+]
+_Equalize = Annotated[
+    bool,
+    typer.Option(
+        "--equalize", help="Even out inputs and weights by factors that fold away exactly."
     ),
 ]
 _Settings = Annotated[
@@ -91,21 +132,8 @@ def register(app: typer.Typer) -> None:
                 help="How weights are rounded; default quip where the format can be rotated.",
             ),
         ] = None,
-        rotate: Annotated[
-            str,
-            typer.Option(
-                "--rotate",
-                metavar="auto|off|256|64|16",
-                help="Largest ConvRot group; auto is as the optimizer works.",
-            ),
-        ] = "auto",
-        scale_search: Annotated[
-            bool,
-            typer.Option(
-                "--scale-search/--no-scale-search",
-                help="Choose 4-bit scales of least error, or as the largest weight asks.",
-            ),
-        ] = True,
+        rotate: _Rotate = "auto",
+        scale_search: _ScaleSearch = True,
         family: Annotated[
             str,
             typer.Option(
@@ -139,6 +167,10 @@ def register(app: typer.Typer) -> None:
         calibration_lora: _CalibrationLora = None,
         settings: _Settings = None,
         seed: _Seed = 0,
+        input_scales: _InputScales = None,
+        bias_correction: _BiasCorrection = False,
+        smoothquant: _SmoothQuant = None,
+        equalize: _Equalize = False,
         output: options.Output = None,
         defer: Annotated[
             bool, typer.Option("--defer", help="Pass on a manifest instead of writing a file.")
@@ -149,6 +181,9 @@ def register(app: typer.Typer) -> None:
         workers: options.Workers = None,
         memory_limit: options.MemoryLimit = None,
         engine: options.Engine = "local",
+        device: options.Device = "cpu",
+        streaming_mode: options.Streaming = "auto",
+        vram_limit: options.VramLimit = None,
     ) -> int:
         """Quantize the linear layers of a checkpoint so that ComfyUI loads it natively.
 
@@ -192,6 +227,10 @@ def register(app: typer.Typer) -> None:
             calibration_loras=calibration_lora or (),
             settings=dict(map(parse_setting, settings or ())),
             seed=seed,
+            input_scales=input_scales,
+            bias_correction=bias_correction,
+            smoothquant=smoothquant,
+            equalize=equalize,
         )
         known = know((NativeNames().apply(source) if native_names else source).specs, family)
         named = output is not None
@@ -208,6 +247,9 @@ def register(app: typer.Typer) -> None:
                 workers=workers,
                 memory_limit=limit,
                 engine=engine,
+                device=device,
+                streaming_mode=streaming_mode,
+                vram_limit=options.parse_size(vram_limit),
             ),
             command="quant",
             remarks=[known.remark(), *_remarks(checkpoint)],
@@ -231,6 +273,7 @@ def _remarks(checkpoint: Checkpoint) -> list[str]:
     """What was decided, in a sentence, and what a user should know of how it was."""
     from cq.core import catalog
     from cq.core.formats import loaded_by
+    from cq_quant.uses import told
 
     chosen = [n for n in checkpoint.notes if n["action"] == "quantize"]
     formats = Counter(n["format"] for n in chosen)
@@ -238,17 +281,18 @@ def _remarks(checkpoint: Checkpoint) -> list[str]:
     kept = len(checkpoint.notes) - len(chosen)
     if not chosen:
         return [f"there is nothing to change: all {kept} tensors are as they are asked to be"]
-    told = ", ".join(f"{count} {name}" for name, count in formats.most_common())
+    counts = ", ".join(f"{count} {name}" for name, count in formats.most_common())
     plugs = [catalog.load("formats", name) for name in formats]
     releases = [n["first_comfyui"] for n in chosen if n["first_comfyui"] is not None]
     guided = sum("calibration" in n for n in chosen)
     casts = all(plug.casts for plug in plugs)
     what = "tensors are cast" if casts else "layers are quantized"
     return [
-        f"{len(chosen)} {what} ({told}), {kept} are kept as they are;"
+        f"{len(chosen)} {what} ({counts}), {kept} are kept as they are;"
         f" {loaded_by(plugs, releases)} loads the result",
         *(f"{note} ({count} layers)" for note, count in notes.items()),
         *([_guidance(guided, len(chosen))] if guided else []),
+        *told(chosen),
     ]
 
 

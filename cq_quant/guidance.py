@@ -249,15 +249,20 @@ class Guide:
         own = sum(lora.source.spec(name).shape[0] for lora, name in self.loras)
         return found.rank + found.held_rank + 2 * own
 
-    def moments(self, group: int | None) -> tuple[Moment, Moment | None]:
-        """The second moment of the layer's inputs and that of inputs held back, in the basis of
-        the rotation `group`. Raises: InputError for damaged values."""
+    def moments(
+        self, group: int | None, multiplier: torch.Tensor | None = None
+    ) -> tuple[Moment, Moment | None]:
+        """The second moment of the layer's inputs, multiplied by `multiplier`, and that of inputs
+        held back, in the basis of the rotation `group`. Raises: InputError for damaged values."""
         found = self.calibration.moment(self.recorded)
         held = self.calibration.held(self.recorded)
         for lora, name in self.loras:
             read = _directions(lora, name) * float(found.diagonal().mean() * lora.weight) ** 0.5
             found = found.with_directions(read)
             held = None if held is None else held.with_directions(read)
+        if multiplier is not None:
+            found = found.scaled(multiplier)
+            held = None if held is None else held.scaled(multiplier)
         if group is not None:
             found = found.rotated(group)
             held = None if held is None else held.rotated(group)

@@ -19,8 +19,10 @@ from cq.core.formats import Format, first_release
 from cq.core.rounding import Fit, stored_tensors
 from cq.core.source import cuts, largest_cut
 from cq.core.stored import Stored
+from cq_quant.beside import Beside
 from cq_quant.guidance import Guide
-from cq_quant.optimizers import Optimizer, Task
+from cq_quant.optimizers import Optimizer, Rounded, Task
+from cq_quant.where import Where, asked, taken
 
 if TYPE_CHECKING:
     import torch
@@ -102,28 +104,50 @@ class Kind:
         """Memory that a layer takes at most, besides what its source holds."""
         if self.plan.format.casts:
             return 2 * largest_cut(self.weight) * 8
-        beside = 2 * sum(spec.nbytes for own, spec in self.stored.items() if own != "weight")
+        work = self.nbytes_weight
+        if work is None:  # the format takes the whole weight, and may copy it as it likes
+            return self.nbytes_beside + self.matrix.numel * 16
+        weights = self.weights_together(0)
+        held = self.nbytes_beside + self.nbytes_held + self.nbytes_rotation
+        return held + weights * work + self.nbytes_rounding(0)
+
+    @cached_property
+    def nbytes_weight(self) -> int | None:
+        """Memory for each weight that is rounded at a time, beside the optimizer's; None if the
+        format takes the whole weight."""
+        if self.plan.optimizer is None:
+            return None
         grid = self.plan.format.grid(self.matrix, self.plan.scaling)
-        if grid is None:  # the format takes the whole weight, and may copy it as it likes
-            return beside + self.matrix.numel * 16
-        work = _BYTES_ROWS + _BYTES_CODES + grid.nbytes_work
-        work += _BYTES_ROTATION if self.plan.group is not None else 0
-        held = 0 if self.experts is None else self.matrix.numel * (_BYTES_ROWS + _BYTES_CODES)
-        return beside + self._weights_together(0) * work + held + self.nbytes_rounding(0)
+        return None if grid is None else _BYTES_ROWS + _BYTES_CODES + grid.nbytes_work
+
+    @property
+    def nbytes_rotation(self) -> int:
+        """Memory that a rotation takes, which is of one segment at a time."""
+        return 0 if self.plan.group is None else largest_cut(self.matrix) * _BYTES_ROTATION
+
+    @cached_property
+    def nbytes_beside(self) -> int:
+        """Memory for what is stored beside the weight, as it is found and as it is stored."""
+        return 2 * sum(spec.nbytes for own, spec in self.stored.items() if own != "weight")
+
+    @property
+    def nbytes_held(self) -> int:
+        """Memory for one of stacked matrices, which are read and stored one at a time."""
+        return 0 if self.experts is None else self.matrix.numel * (_BYTES_ROWS + _BYTES_CODES)
 
     def nbytes_guided(self, rank: int) -> int:
         """What is added to `nbytes_work` if moments guide the rounding, of `rank` directions."""
-        grid = self.plan.format.grid(self.matrix, self.plan.scaling)
-        work = _BYTES_ROWS + _BYTES_CODES + (0 if grid is None else grid.nbytes_work)
-        more = self._weights_together(rank) - self._weights_together(0)
-        return more * work + self.nbytes_rounding(rank) - self.nbytes_rounding(0)
+        more = self.weights_together(rank) - self.weights_together(0)
+        own = more * (self.nbytes_weight or 0)
+        return own + self.nbytes_rounding(rank) - self.nbytes_rounding(0)
 
     def together(self, rank: int) -> int:
         """Row segments that are rounded at a time, with so many directions of moments."""
         optimizer = self.plan.optimizer
         return 1 if optimizer is None else optimizer.segments(largest_cut(self.matrix), rank)
 
-    def _weights_together(self, rank: int) -> int:
+    def weights_together(self, rank: int) -> int:
+        """Weights that are rounded at a time."""
         return min(self.matrix.numel, self.together(rank) * largest_cut(self.matrix))
 
     def nbytes_rounding(self, rank: int) -> int:
@@ -131,7 +155,7 @@ class Kind:
         optimizer, columns = self.plan.optimizer, self.matrix.shape[-1]
         if optimizer is None:
             return 0
-        return optimizer.nbytes_work(columns, rank, self._weights_together(rank))
+        return optimizer.nbytes_work(columns, rank, self.weights_together(rank))
 
     @cached_property
     def decision(self) -> Mapping[str, Any]:
@@ -181,12 +205,15 @@ def is_stored_so(stored: Stored, layer: Layer | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The tensor `name` of a checkpoint, on its way to what its kind's plan says."""
+    """The tensor `name` of a checkpoint, on its way to what its kind's plan says. `given` tells of
+    each use of recorded inputs that was asked for whether the layer has it, or why not."""
 
     source: Checkpoint
     name: str
     kind: Kind
     guide: Guide | None = None
+    beside: Beside | None = None
+    given: Mapping[str, bool | str] = field(default_factory=dict)
 
     @property
     def plan(self) -> LayerPlan:
@@ -203,7 +230,8 @@ class Layer:
         if self.plan.format.casts:
             return {self.name: self.kind.stored["weight"]}
         layer = self._layer
-        return {f"{layer}.{own}": spec for own, spec in self.kind.stored.items()}
+        beside = {} if self.beside is None else self.beside.specs()
+        return {f"{layer}.{own}": spec for own, spec in {**self.kind.stored, **beside}.items()}
 
     def marker(self) -> Mapping[str, Any]:
         """The layer's `comfy_quant` settings; empty for a plain dtype."""
@@ -211,11 +239,16 @@ class Layer:
 
     def parts(self) -> list[Part]:
         """The stored tensors as a part, and the marker as another."""
-        nbytes_peak = 2 * self.source.part(self.name).nbytes_peak + self.kind.nbytes_work
+        nbytes_source = 2 * self.source.part(self.name).nbytes_peak
+        nbytes_peak = nbytes_source + self.kind.nbytes_work
         if self.guide is not None:
             nbytes_peak += self.kind.nbytes_guided(self.guide.rank)
+        if self.beside is not None:
+            nbytes_peak += self.beside.nbytes_peak(self.kind.weights_together(self._rank))
         produce = self._cast if self.plan.format.casts else self._quantize
-        found = [Part(tensors=self.tensors(), nbytes_peak=nbytes_peak, produce=produce)]
+        beside = None if self.beside is None else self.beside.nbytes_peak
+        work = taken(self.kind, self._rank, nbytes_source, beside)
+        found = [Part(tensors=self.tensors(), nbytes_peak=nbytes_peak, produce=produce, work=work)]
         if self.kind.marker_bytes:
             found.append(constant_part(self._layer + comfy.MARKER, self.kind.marker_bytes))
         return found
@@ -238,20 +271,36 @@ class Layer:
             yield Piece(self.name, piece.start, value)
 
     def _quantize(self) -> Iterator[Piece]:
+        with asked(self.name, self.kind.together(self._rank)) as at:
+            yield from self._produced(at)
+
+    def _produced(self, at: Where) -> Iterator[Piece]:
         if self.kind.experts is None:
             starts: dict[str, int] = {}
-            fit = self._fit(self._source_segments)
-            for own, tensor in self._stored(self._source_segments, fit):
+            segments = self._source_segments
+            work = None if self.beside is None else self.beside.begin(segments, self.plan.group)
+            if work is not None:
+                segments = work.segments
+            fit, at = self._fit(segments, at, None if work is None else work.multiplier)
+            if work is not None:
+                fit = work.watching(fit)
+            for own, tensor in self._stored(segments, fit, at):
                 start = starts.get(own, 0)
                 yield Piece(f"{self._layer}.{own}", start, tensor)
                 starts[own] = start + (tensor.shape[0] if tensor.ndim else 1)
+            for own, tensor in () if work is None else work.tensors():
+                yield Piece(f"{self._layer}.{own}", 0, tensor)
             return
         # With a moment, which all experts share, nothing is asked of the rows beforehand.
-        guided = None if self.guide is None else self._fit(lambda: iter(()))
+        guided: Fit | None = None
+        if self.guide is not None:
+            guided, at = self._fit(lambda: iter(()), at)
         for index, matrix in enumerate(self._matrices()):
-            yield from self._expert(index, matrix, guided)
+            yield from self._expert(index, matrix, guided, at)
 
-    def _expert(self, index: int, matrix: torch.Tensor, fit: Fit | None) -> Iterator[Piece]:
+    def _expert(
+        self, index: int, matrix: torch.Tensor, fit: Fit | None, at: Where
+    ) -> Iterator[Piece]:
         """The stored tensors of one of the stacked matrices, each with a leading 1."""
         import torch
 
@@ -260,8 +309,10 @@ class Layer:
         def segments() -> Iterator[torch.Tensor]:
             return (matrix[start:stop] for start, stop in spans)
 
+        if fit is None:
+            fit, at = self._fit(segments, at)
         found: dict[str, list[torch.Tensor]] = {}
-        for own, tensor in self._stored(segments, fit or self._fit(segments)):
+        for own, tensor in self._stored(segments, fit, at):
             found.setdefault(own, []).append(tensor)
         for own, tensors in found.items():
             whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
@@ -274,40 +325,69 @@ class Layer:
     def _source_segments(self) -> Iterator[torch.Tensor]:
         return (piece.tensor for piece in self.source.pieces(self.name))
 
-    def _fit(self, segments: Callable[[], Iterator[torch.Tensor]]) -> Fit:
-        """What rounds rows of the layer."""
+    def _fit(
+        self,
+        segments: Callable[[], Iterator[torch.Tensor]],
+        at: Where,
+        multiplier: torch.Tensor | None = None,
+    ) -> tuple[Fit, Where]:
+        """What rounds rows of the layer, whose inputs are multiplied by `multiplier`, and where."""
+        rows = largest_cut(self.matrix) // self.matrix.shape[1]
+        tell = None if self.guide is None else self.guide.tell()
+        return at.fitted(lambda place: self._prepared(segments, place, multiplier, tell), rows)
+
+    def _prepared(
+        self,
+        segments: Callable[[], Iterator[torch.Tensor]],
+        at: Where,
+        multiplier: torch.Tensor | None,
+        tell: Callable[[Rounded], None] | None,
+    ) -> Fit:
+        import torch
+
         plan, guide = self.plan, self.guide
         assert plan.optimizer is not None
         rows, columns = self.matrix.shape
         task = Task(
             shape=(rows, columns),
-            rows=lambda: self._rows(segments),
+            rows=lambda: self._rows(segments, at),
             options=plan.options,
             seed=plan.seed,
+            device=at.staging.device,
         )
-        if guide is not None:
-            moment, held = guide.moments(plan.group)
-            task = replace(task, moment=moment, held=held, tell=guide.tell())
+        if guide is not None and tell is not None:
+            moment, held = guide.moments(plan.group, multiplier)
+            there = torch.device(at.staging.device)
+            task = replace(
+                task,
+                moment=moment.to(there),
+                held=None if held is None else held.to(there),
+                tell=tell,
+            )
         return plan.optimizer.prepare(task)
 
     def _stored(
-        self, segments: Callable[[], Iterator[torch.Tensor]], fit: Fit
+        self, segments: Callable[[], Iterator[torch.Tensor]], fit: Fit, at: Where
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The stored tensors of one matrix by local name, row segments of the weight first."""
         plan = self.plan
-        return stored_tensors(
+        found = stored_tensors(
             plan.format,
             self.matrix,
             plan.scaling,
-            lambda: self._rows(segments),
+            lambda: self._rows(segments, at),
             fit,
             search=plan.search,
-            together=self.kind.together(0 if self.guide is None else self.guide.rank),
+            together=at.segments,
         )
+        return at.staging.returned(found)
 
-    def _rows(self, segments: Callable[[], Iterator[torch.Tensor]]) -> Iterator[torch.Tensor]:
-        """Row segments in float32, in the basis that is rounded in, all finite."""
-        for segment in segments():
+    def _rows(
+        self, segments: Callable[[], Iterator[torch.Tensor]], at: Where
+    ) -> Iterator[torch.Tensor]:
+        """Row segments in float32, in the basis that is rounded in, all finite, where they are
+        computed."""
+        for segment in at.staging.sent(segments()):
             rows = segment.float()
             if self.plan.group is not None:
                 rows = rotation.rotate(rows, self.plan.group)
@@ -342,6 +422,10 @@ class Layer:
             hint=f"mend the checkpoint, or keep the layer as it is with `--skip {self._layer}`",
             code="input.nonfinite",
         )
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.guide is None else self.guide.rank
 
     @property
     def _shown(self) -> str:

@@ -67,9 +67,9 @@ def factors(
     order = torch.argsort(diagonal, descending=True, stable=True)
     x = sketch[:, order].to(dtype)
     weight = rest[order].double()
-    pull = torch.empty(rank, columns, dtype=dtype)
-    feed = torch.zeros(columns, block, dtype=dtype)
-    free = torch.eye(rank, dtype=torch.float64)  # G
+    pull = x.new_empty(rank, columns)
+    feed = x.new_zeros(columns, block)
+    free = torch.eye(rank, dtype=torch.float64, device=x.device)  # G
     for start in reversed(range(0, columns, block)):
         stop = min(columns, start + block)
         own = sketch[:, order[start:stop]].double()
@@ -79,9 +79,8 @@ def factors(
         half = torch.linalg.solve_triangular(upper.T, solved, upper=False, left=False)
         pull[:, start:stop] = torch.linalg.solve_triangular(upper, half, upper=True, left=False)
         unit = upper / upper.diagonal()  # U
-        back = torch.linalg.solve_triangular(
-            unit, torch.eye(stop - start, dtype=torch.float64), upper=True, unitriangular=True
-        )
+        whole = torch.eye(stop - start, dtype=torch.float64, device=x.device)
+        back = torch.linalg.solve_triangular(unit, whole, upper=True, unitriangular=True)
         feed[start:stop, : stop - start] = back.T.neg_().tril_(-1)
         free.addmm_(own / weight[start:stop], own.T)
     return Factors(order=order, sketch=x, pull=pull, feed=feed, block=block)
@@ -96,7 +95,7 @@ def round_rows(weight: torch.Tensor, grid: Grid, scales: Scales, given: Factors)
 
     rows = weight.shape[0]
     turned = weight.T.contiguous()  # a column's rows lie together
-    error = torch.zeros(given.sketch.shape[0], rows, dtype=weight.dtype)  # Rᵀ
+    error = weight.new_zeros(given.sketch.shape[0], rows)  # Rᵀ
     for start in range(0, weight.shape[1], given.block):
         chosen = given.order[start : start + given.block]
         span = slice(start, start + chosen.shape[0])
@@ -160,7 +159,7 @@ def _descend_block(
     round_column = columns.rounder(target.dtype)
     moves = torch.zeros_like(target)
     lines, found, moved = target.unbind(0), levels.unbind(0), moves.unbind(0)
-    inverse = (1 / products.diagonal()).tolist()
+    inverse = (1 / products.diagonal()).cpu().tolist()
     wanted = torch.empty_like(target[0])
 
     def settle(j: int) -> None:

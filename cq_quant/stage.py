@@ -6,24 +6,25 @@ Owns the meeting of recipe, format and optimizer in a plan, from specs alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from cq.core import catalog, comfy, recipe, select
+from cq.core import catalog, comfy, families, recipe, select
 from cq.core.checkpoint import Checkpoint, Part, Stage, narrowed
 from cq.core.dequantize import Dequantize
-from cq.core.errors import InputError, PlanError, UsageError
-from cq.core.formats import Format
+from cq.core.errors import PlanError, UsageError
+from cq.core.formats import SMOOTHED_SINCE, Format, newest
 from cq.core.knowledge import AUTO, know
 from cq.core.native import NativeNames, recognize
 from cq.core.recipe import Rule
 from cq.core.stored import describe, stored_layers
+from cq_quant import arguments
+from cq_quant.equalizing import Equalized
 from cq_quant.guidance import (
     CalibrationFile,
     Guidance,
     LoraFile,
-    check_setting,
     files_of,
     opened_calibration,
     opened_lora,
@@ -31,6 +32,7 @@ from cq_quant.guidance import (
 )
 from cq_quant.layer import Layer, is_stored_so
 from cq_quant.settings import Resolver, optimizer_for
+from cq_quant.uses import FLAGS, Uses
 
 _READY = "is stored so already"
 
@@ -57,30 +59,36 @@ class QuantStage:
     calibration_loras: tuple[LoraFile, ...] = ()
     settings: Mapping[str, float] = field(default_factory=dict, hash=False)
     seed: int = 0
+    uses: Uses = field(default_factory=Uses)
 
     def arguments(self) -> dict[str, Any]:
         """The fields as plain JSON; those of guidance only where there is some."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         found["rules"] = [rule.to_dict() for rule in self.rules]
-        for key in _GUIDING:
+        for key in arguments.GUIDING:
             if not found[key]:
                 del found[key]
         if self.calibration is not None:
             found["calibration"] = self.calibration.to_manifest()
         if self.calibration_loras:
             found["calibration_loras"] = [lora.to_manifest() for lora in self.calibration_loras]
+        found |= found.pop("uses").arguments()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> Stage:
+    def from_arguments(cls, given: Mapping[str, Any]) -> Stage:
         """The stage of a manifest. Raises: InputError for an unknown or ill-typed argument."""
-        defaults = {f.name: f.default for f in fields(cls)}
-        select.refuse_unknown(arguments, defaults, "the quant stage")
+        defaults = {f.name: f.default for f in fields(cls) if f.name != "uses"}
+        select.refuse_unknown(given, [*defaults, *FLAGS], "the quant stage")
         return cls(
             **{
-                key: _GUIDING[key](value) if key in _GUIDING else _typed(key, value, defaults[key])
-                for key, value in arguments.items()
-            }
+                key: arguments.GUIDING[key](value)
+                if key in arguments.GUIDING
+                else arguments.typed(key, value, defaults[key])
+                for key, value in given.items()
+                if key not in FLAGS
+            },
+            uses=Uses.of(given),
         )
 
     def apply(self, source: Checkpoint) -> Checkpoint:
@@ -100,19 +108,25 @@ class QuantStage:
         )
 
     def _apply(self, source: Checkpoint) -> Checkpoint:
+        self.uses.check(calibrated=self.calibration is not None, requantizes=self.requantize)
         resolver = Resolver(self, know(source.specs, self.family))
+        folded = self.before_rounding(source)
+        source = folded.checkpoint
         choices, layers = self._planned(source, resolver, self.rules)
         _refuse_diffusers(source, layers.values())
         guidance = self._guided(source, layers)
+        layers = self.uses.applied(layers, source, guidance, folded, resolver.known)
+        touched = set(layers) | {o.beside.taken for o in layers.values() if o.beside is not None}
+        asked = {choice.name for choice in choices if choice.how is not None}
         parts: list[Part] = []
         for part in source.parts:
-            if layers.keys().isdisjoint(part.tensors):
-                parts.append(part)
+            if touched.isdisjoint(part.tensors):
+                parts.append(part if part.name in asked else folded.kept.get(part.name, part))
                 continue
             for name in part.tensors:
                 if name in layers:
                     parts += layers[name].parts()
-            rest = [name for name in part.tensors if name not in layers]
+            rest = [name for name in part.tensors if name not in touched]
             if rest:
                 parts.append(narrowed(part, rest))
         return source.after(
@@ -123,6 +137,14 @@ class QuantStage:
             inputs=(*source.inputs, *files_of(self.calibration, self.calibration_loras)),
             outcomes=source.outcomes if guidance is None else (*source.outcomes, guidance.tally),
         )
+
+    def before_rounding(self, source: Checkpoint) -> Equalized:
+        """The checkpoint whose weights are rounded: `source`, perhaps with factors folded into it.
+
+        Raises: PlanError as `apply`.
+        """
+        known = know(source.specs, self.family)
+        return self.uses.equalized(source, known, self.calibration)
 
     def _guided(self, source: Checkpoint, layers: dict[str, Layer]) -> Guidance | None:
         """What guides the rounding, told to the layers that use it."""
@@ -143,7 +165,8 @@ class QuantStage:
                 own = guidance.of(name.removesuffix(comfy.WEIGHT), layer.matrix.shape[-1])
                 layers[name] = replace(layer, guide=own)
         guided = [n.removesuffix(comfy.WEIGHT) for n, o in layers.items() if o.guide is not None]
-        guidance.see_used(guided, layers)
+        if guided or not self.uses:
+            guidance.see_used(guided, layers)
         return guidance
 
     def again(self, quantized: Checkpoint) -> Checkpoint:
@@ -245,6 +268,10 @@ def quantize(
     calibration_loras: Sequence[str | os.PathLike[str]] = (),
     settings: Mapping[str, float] | None = None,
     seed: int = 0,
+    input_scales: str | None = None,
+    bias_correction: bool = False,
+    smoothquant: float | None = None,
+    equalize: bool = False,
 ) -> Checkpoint:
     """A checkpoint whose linear layers are stored quantized; nothing is computed yet.
 
@@ -266,6 +293,10 @@ def quantize(
     `path:weight`, whose down-projections count as directions of inputs. `settings` are numbers by
     `optimizer.name`, such as `{"quip.damp": 0.1}`; `seed` is for what an optimizer draws.
 
+    By the calibration, too: `input_scales` `absmax` stores what a runtime divides inputs by,
+    `bias_correction` gives biases the mean error of outputs, `equalize` folds factors that even out
+    inputs and weights, `smoothquant` does so by its alpha, or stores them for a format that can.
+
     Raises: PlanError if the checkpoint is quantized already, a pattern matches nothing, or there is
     nothing to quantize; InputError for a recipe that is none.
     """
@@ -283,90 +314,21 @@ def quantize(
         scale_search=scale_search,
         family=family,
         rules=rules,
-        only=_texts(only),
-        skip=_texts(skip),
+        only=arguments.texts(only),
+        skip=arguments.texts(skip),
         allow_custom_loader=allow_custom_loader,
         save_quant_metadata=save_quant_metadata,
         calibration=None if calibration is None else opened_calibration(calibration),
-        calibration_loras=tuple(opened_lora(lora) for lora in _paths(calibration_loras)),
-        settings=_settings(settings or {}),
-        seed=_seed(seed),
+        calibration_loras=tuple(opened_lora(lora) for lora in arguments.paths(calibration_loras)),
+        settings=arguments.settings_of(settings or {}),
+        seed=arguments.seed_of(seed),
+        uses=Uses.asked(input_scales, bias_correction, smoothquant, equalize),
     )
     quantized = comfy.find_quantized(checkpoint)
     floats8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
     if (quantized and requantize) or (plug.casts and (quantized or floats8)):
         return replace(stage, requantize=True).again(checkpoint)
     return stage.apply(checkpoint)
-
-
-def _texts(value: Sequence[str]) -> tuple[str, ...]:
-    """Patterns; a single one need not stand in a list."""
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _paths(
-    value: Sequence[str | os.PathLike[str]] | str | os.PathLike[str],
-) -> tuple[str | os.PathLike[str], ...]:
-    return (value,) if isinstance(value, str | os.PathLike) else tuple(value)
-
-
-def _settings(value: Any) -> dict[str, float]:
-    """Numbers by `optimizer.name`. Raises: UsageError for a name or number that there is not."""
-    if not isinstance(value, Mapping):
-        raise _ill_typed("settings", value)
-    for name, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise _ill_typed("settings", value)
-        check_setting(name, number)
-    return {name: float(number) for name, number in sorted(value.items())}
-
-
-def _seed(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise UsageError(
-            f"`{value!r}` is not a seed", hint="give a whole number from 0 on", code="usage.seed"
-        )
-    return value
-
-
-def _loras(value: Any) -> tuple[LoraFile, ...]:
-    if not isinstance(value, list):
-        raise _ill_typed("calibration_loras", value)
-    return tuple(opened_lora(entry) for entry in value)
-
-
-def _calibration(value: Any) -> CalibrationFile:
-    if not isinstance(value, Mapping):
-        raise _ill_typed("calibration", value)
-    return opened_calibration(value)
-
-
-_GUIDING: dict[str, Callable[[Any], Any]] = {
-    "calibration": _calibration,
-    "calibration_loras": _loras,
-    "settings": _settings,
-    "seed": _seed,
-}
-
-
-def _ill_typed(key: str, value: Any) -> InputError:
-    return InputError(
-        f"the quant stage's argument `{key}` cannot be `{value!r}`", code="input.manifest"
-    )
-
-
-def _typed(key: str, value: Any, default: Any) -> Any:
-    if key == "rules" and isinstance(value, list):
-        return tuple(
-            Rule.from_dict(rule, where=f"rule {i + 1} of the quant stage")
-            for i, rule in enumerate(value)
-        )
-    if isinstance(default, tuple):
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-    elif type(value) is type(default) or (default is None and isinstance(value, str)):
-        return value
-    raise _ill_typed(key, value)
 
 
 def _told(choice: recipe.Choice) -> str:
@@ -392,6 +354,10 @@ def _note(choice: recipe.Choice, layer: Layer | None) -> dict[str, Any]:
             "format": choice.how.format,
         }
     note |= layer.kind.decision
+    if layer.given:
+        note["beside"] = dict(layer.given)
+    if layer.beside is not None and layer.beside.smoothing is not None:
+        note["first_comfyui"] = newest([note["first_comfyui"] or SMOOTHED_SINCE, SMOOTHED_SINCE])
     if layer.guide is not None:
         optimizer = layer.plan.optimizer
         plain = optimizer is not None and note["note"] == optimizer.note
@@ -416,15 +382,22 @@ def _refuse_quantized(source: Checkpoint) -> None:
 
 
 def _refuse_diffusers(source: Checkpoint, layers: Any) -> None:
-    model = comfy.diffusers_model(source.specs)
     quantized = [layer for layer in layers if not layer.plan.format.casts]
-    if model is not None and quantized:
-        raise PlanError(
-            f"`{source.sources[0].shown}` has the layer names of diffusers ({model}), which ComfyUI"
-            " renames while it loads, without the markers and scales of quantized layers: it would"
-            " compute with raw codes and say nothing",
-            where=quantized[0].name,
-            hint="start from the checkpoint with the model's own names, as ComfyUI distributes it"
-            + (", or add `--native-names`" if recognize(source.specs) else ""),
-            code="plan.diffusers",
-        )
+    if not quantized:
+        return
+    model = comfy.diffusers_model(source.specs)
+    known = None if families.detect(source.specs).matches else recognize(source.specs)
+    if model is not None:
+        what = f"({model}), which ComfyUI renames while it loads, without the markers and scales of"
+        what += " quantized layers: it would compute with raw codes and say nothing"
+    elif known is not None:
+        what = f"({known.family.title}), by which ComfyUI loads no quantized model"
+    else:
+        return
+    raise PlanError(
+        f"`{source.sources[0].shown}` has the layer names of diffusers {what}",
+        where=quantized[0].name,
+        hint="start from the checkpoint with the model's own names, as ComfyUI distributes it"
+        + (", or add `--native-names`" if known else ""),
+        code="plan.diffusers",
+    )

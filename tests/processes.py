@@ -32,13 +32,14 @@ class Result:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment without what changes output, and with `changes`."""
+    """This process's environment without what changes output, and with `changes`. Comfy-kitchen,
+    whose import takes longer than most commands, is left out unless they say otherwise."""
     clean = {
         k: v
         for k, v in os.environ.items()
         if k not in {"NO_COLOR", "FORCE_COLOR", "TERM", "COLUMNS", "CQ_DEBUG", "TMPDIR"}
     }
-    return {**clean, "TERM": "xterm-256color", **changes}
+    return {**clean, "TERM": "xterm-256color", "CQ_KITCHEN": "0", **changes}
 
 
 def cq(*args: object, stdin: bytes | None = b"", cwd: Path | None = None, **env: str) -> Result:

@@ -18,11 +18,11 @@ from cq.core import catalog
 from tests.processes import BASE, STYLE, cq
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cq", "cq_analyze", "cq_merge", "cq_quant")
+PACKAGES = ("cq", "cq_analyze", "cq_edit", "cq_merge", "cq_quant")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 80
-LATE = {"torch", "numpy", "rich"}
+LATE = {"torch", "numpy", "rich", "plotly"}
 
 
 def schema(name: str) -> Draft202012Validator:

@@ -22,8 +22,8 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.engine.local import Settings, check_budget
 from cq.core.errors import Interrupted, PlanError, UsageError
 from cq.core.header import total_nbytes
-from cq.core.placement import CPU, StreamingMode
 from cq.core.shards import check_targets, write_shards
+from cq.core.streaming import CPU, StreamingMode
 from cq.core.write import Engine, Written, stream, write
 
 

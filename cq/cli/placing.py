@@ -14,7 +14,7 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.engine import device, memory
 from cq.core.engine.local import default_workers
 from cq.core.errors import UsageError
-from cq.core.placement import CPU, DTYPE, Room, placed
+from cq.core.streaming import CPU, DTYPE, Room, placed
 
 if TYPE_CHECKING:
     from cq.cli.deliver import Delivery

@@ -159,6 +159,10 @@ class Calibration:
         own = self._read(found, _HELD)
         return Moment.of(own["held_diag"], own["held_sketch"], found.held_rows)
 
+    def vectors(self, layer: str) -> dict[str, torch.Tensor]:
+        """`diag`, `mean` and `absmax` of the layer's inputs, `(N,)`. Raises: as `moment`."""
+        return self._read(self.layers[layer], _VECTORS)
+
     def statistics(self, layer: str) -> Statistics:
         """All that is recorded of the layer. Raises: as `moment`."""
         import torch

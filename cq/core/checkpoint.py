@@ -24,6 +24,8 @@ from cq.core.source import Source, SourceFile, cuts, largest_cut
 if TYPE_CHECKING:
     import torch
 
+    from cq.core.streaming import Work
+
 
 class Piece(NamedTuple):
     """Rows of the tensor `name`, from row `start` on; a 0-d tensor is one piece that starts at
@@ -49,7 +51,8 @@ class Part:
     `produce()` yields every row of every tensor once, rows in order within a tensor. It may be
     called any number of times, from any thread, and always yields the same values. `nbytes_peak`
     bounds the memory it holds at any moment. With an `extent` the bytes of the one tensor lie ready
-    in a file and are copied without being looked at; with `constant` they are known already.
+    in a file and are copied without being looked at; with `constant` they are known already. With
+    `work` it can be computed in other places and portions than `nbytes_peak` is told for.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -57,6 +60,7 @@ class Part:
     produce: Callable[[], Iterator[Piece]]
     extent: Extent | None = None
     constant: bytes | None = None
+    work: Work | None = None
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ stacked experts, smoothing, and the memory that it takes. Which tensors make up 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,11 +37,16 @@ class Decoder:
     """A stored layer on its way back to float32, in bounded memory.
 
     `shape` is what the weight is cropped to: that of `stored`, or one that is known better.
+    `witness` is shown every segment before it is cropped: the stored rows, the first row's number,
+    what lies beside them, and the float32 rows that they mean.
     """
 
     source: Checkpoint
     stored: Stored
     shape: tuple[int, ...]
+    witness: (
+        Callable[[torch.Tensor, int, Mapping[str, torch.Tensor], torch.Tensor], None] | None
+    ) = None
 
     @property
     def beside(self) -> list[str]:
@@ -118,6 +123,8 @@ class Decoder:
             packed = rows.take(stop - start)
             packed = packed.reshape(packed.shape[0], -1)
             value = self.stored.format.unpack(packed, start, scales, self.stored.settings)
+            if self.witness is not None:
+                self.witness(packed, start, scales, value)
             value = value[: height - start, :columns]
             yield value if smoothing is None else value * smoothing
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from cq.core import catalog, select
+from cq.core import catalog, folds, select
 from cq.core.dtypes import DTYPES, TensorSpec
 from cq.core.errors import PlanError
 from cq.core.rotation import is_group
@@ -104,7 +104,7 @@ class Family:
     `others` says that the family holds more models than the known variants. `rotation` is the
     ConvRot group of quantized files that the model's makers or ComfyUI's released, None if none is
     known. `notes` are for the user. `layers_text` lists what `layers` holds, `other_names` what
-    `dialect` reads.
+    `dialect` reads. `folds` are where factors can move between layers, see `cq.core.folds`.
     """
 
     name: str
@@ -123,6 +123,7 @@ class Family:
     aliases: Mapping[str, tuple[str, ...]]
     layers_text: str
     other_names: str
+    folds: tuple[folds.Fold, ...] = ()
 
     @cached_property
     def layers(self) -> frozenset[str]:
@@ -251,7 +252,8 @@ def load(name: str) -> Family:
     holds counts), perhaps `others = true`, `[[keep]]`, `[[modulation]]`, `[[optional]]` (each with
     `reason` and `patterns`, see `cq.core.select`, over layer names without prefix), `detection`
     (patterns), `rotation`, `notes`, `layers` (one text, for the sake of speed), `other_names`
-    (see `cq.core.dialects`) and `[aliases.NAME]` (`keep_also`, names of roles).
+    (see `cq.core.dialects`), `[[folds]]` (see `cq.core.folds`) and `[aliases.NAME]` (`keep_also`,
+    names of roles).
 
     Raises: PlanError with near names if there is none, or if its file is not such a family.
 
@@ -391,6 +393,13 @@ def _aliases(name: str, found: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return read
 
 
+def _folds(name: str, tables: list[Any]) -> tuple[folds.Fold, ...]:
+    try:
+        return folds.parse(tables)
+    except ValueError as error:
+        raise _broken(name, str(error)) from error
+
+
 @cache
 def _family(name: str) -> Family:
     table = _Table(name, "the file", catalog.load("models", name))
@@ -413,6 +422,7 @@ def _family(name: str) -> Family:
         aliases=_aliases(name, table.take("aliases", dict, default={})),
         layers_text=table.take("layers", str, default=""),
         other_names=table.take("other_names", str, default=""),
+        folds=_folds(name, table.take("folds", list, default=[])),
     )
     table.done()
     if family.kind not in KINDS:

@@ -37,6 +37,10 @@ class Moment:
         wide = sketch.float()
         return cls(rest=(diag - wide.square().sum(0)).clamp_(min=0), sketch=wide, rows=rows)
 
+    def to(self, device: torch.device) -> Moment:
+        """The same on `device`."""
+        return Moment(rest=self.rest.to(device), sketch=self.sketch.to(device), rows=self.rows)
+
     def diagonal(self) -> torch.Tensor:
         """The mean square of each input feature. Shapes: `(N,)`."""
         return self.rest + self.sketch.square().sum(0)
@@ -55,9 +59,9 @@ class Moment:
         usual = groups.median(1, keepdim=True).values
         (loud,) = (groups > _LOUD * usual).view(-1).nonzero(as_tuple=True)
         if 0 < loud.numel() <= max(1, sketch.shape[0] // 2):
-            own = torch.zeros(loud.numel(), rest.shape[0])
+            own = rest.new_zeros(loud.numel(), rest.shape[0])
             level = usual.expand(groups.shape).reshape(-1)[loud]
-            own[torch.arange(loud.numel()), loud] = (rest[loud] - level).sqrt()
+            own[torch.arange(loud.numel(), device=loud.device), loud] = (rest[loud] - level).sqrt()
             sketch, rest = torch.cat((sketch, own)), rest.clone()
             rest[loud] = level
         mean = rest.view(-1, group).mean(1, keepdim=True).expand(-1, group)
@@ -79,6 +83,12 @@ class Moment:
             rest=(self.rest + share * mean).float().clamp_(min=torch.finfo(torch.float32).tiny),
             sketch=self.sketch,
             rows=self.rows,
+        )
+
+    def scaled(self, factors: torch.Tensor) -> Moment:
+        """The moment of inputs whose features are multiplied by `factors` `(N,)`."""
+        return Moment(
+            rest=self.rest * factors.square(), sketch=self.sketch * factors, rows=self.rows
         )
 
     def with_directions(self, directions: torch.Tensor) -> Moment:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
+from cq.core import tables
 from cq.core.errors import PlanError
 
 if TYPE_CHECKING:
@@ -63,10 +64,9 @@ def rotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     if group != 256:
-        return torch.mm(weight.reshape(-1, group), hadamard(group).to(weight.device)).view(
-            weight.shape
-        )
-    h16 = hadamard(16).to(weight.device)
+        own = tables.on(weight.device, hadamard, group)
+        return torch.mm(weight.reshape(-1, group), own).view(weight.shape)
+    h16 = tables.on(weight.device, hadamard, 16)
     tiles = torch.mm(weight.reshape(-1, 16), h16).view(-1, 16, 16)
     return torch.matmul(h16, tiles).view(weight.shape)
 
@@ -81,5 +81,5 @@ def unrotate(weight: torch.Tensor, group: int) -> torch.Tensor:
     import torch
 
     rows, features = weight.shape
-    h = hadamard(group).to(weight.device)
+    h = tables.on(weight.device, hadamard, group)
     return torch.matmul(weight.reshape(rows, -1, group), h).view(rows, features)

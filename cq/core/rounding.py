@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
-from cq.core.dtypes import TensorSpec, torch_dtype
+from cq.core.dtypes import TensorSpec
 from cq.core.formats import Format
 from cq.core.grid import Grid, Scales
 
@@ -61,11 +61,12 @@ def stored_tensors(
         for key, scale in own.items():
             found.setdefault(key, []).append(scale)
         for part in torch.split(codes, sizes):
-            yield "weight", plug.pack(part)
+            packed = plug.pack(part)
+            yield "weight", packed
     stored = plug.tensors(weight, scaling)["weight"]
     if stored.shape[0] > rows:
         padding = (stored.shape[0] - rows, *stored.shape[1:])
-        yield "weight", torch.zeros(padding, dtype=torch_dtype(stored.dtype))
+        yield "weight", torch.zeros(padding, dtype=packed.dtype, device=packed.device)
     joined = {key: s[0] if len(s) == 1 else torch.cat(s) for key, s in found.items()}
     yield from plug.pack_scales({**shared, **joined}).items()
 

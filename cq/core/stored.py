@@ -56,6 +56,16 @@ def is_code(local: str) -> bool:
     return local == "weight" or local.startswith("weight_") or is_scale(local)
 
 
+def is_owned(local: str) -> bool:
+    """Whether a tensor is there because its layer is quantized: codes, scales, marker, records."""
+    return is_code(local) or local in _INERT
+
+
+def is_optional(local: str) -> bool:
+    """Whether a quantized layer decodes to the same weight without the tensor."""
+    return _CANONICAL.get(local, local) in _INERT - {_MARKER}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
     """One quantized layer, ready to be decoded.
@@ -146,7 +156,7 @@ def clues(checkpoint: Checkpoint) -> Iterator[Clue]:
     Raises: InputError for a marker or a header entry that is not what it should be.
     """
     specs, layers = checkpoint.specs, by_layer(checkpoint)
-    header = _header(checkpoint, layers)
+    header = header_settings(checkpoint, layers)
     evident = {
         quantized.layer: quantized.evidence for quantized in comfy.find_quantized(checkpoint)
     }
@@ -164,16 +174,20 @@ def clues(checkpoint: Checkpoint) -> Iterator[Clue]:
         if evidence is not None:
             yield Clue(layer=layer, settings=settings, tensors=named, names=own, evidence=evidence)
         for local, name in own.items():
-            part_of_layer = evidence is not None and (is_code(local) or local in _INERT)
+            part_of_layer = evidence is not None and is_owned(local)
             if not part_of_layer and local != SCALED_FP8 and named[local].dtype in _PLAIN_FLOAT8:
                 spec, names = {"weight": named[local]}, {"weight": name}
                 yield Clue(layer=name, settings=None, tensors=spec, names=names, evidence="dtype")
 
 
-def _header(
+def header_settings(
     checkpoint: Checkpoint, layers: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Mapping[str, Any]]:
-    """The header's settings by the file's own layer names, which may carry another prefix."""
+    """The header's settings by the file's own layer names, which may carry another prefix; `layers`
+    are what `by_layer` says.
+
+    Raises: InputError for a header form that is none, or a name that two layers may have.
+    """
     header = comfy.header_layers(checkpoint.metadata)
     if not header:
         return {}
@@ -231,7 +245,7 @@ def resolve(clue: Clue, shown: str) -> Stored:
             reader.tensors[own], reader.names[own] = spec, clue.names[local]
     _see_readable(reader)
     plug, settings = _format(reader)
-    owned = tuple(n for local, n in clue.names.items() if is_code(local) or local in _INERT)
+    owned = tuple(name for local, name in clue.names.items() if is_owned(local))
     return Stored(
         layer=clue.layer,
         format=plug,

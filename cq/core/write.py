@@ -13,8 +13,8 @@ from cq.core import manifest
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine import local
 from cq.core.engine.device import parse_device
-from cq.core.placement import CPU, StreamingMode
 from cq.core.sink import FileSink, Sink, StreamSink
+from cq.core.streaming import CPU, StreamingMode
 from cq.core.text import as_text
 
 Engine = Literal["local", "ray"]

@@ -159,6 +159,13 @@ def runs(x: torch.Tensor, weight: QuantizedTensor) -> bool:
     )
 
 
+def has_twin(format_name: str) -> bool:
+    """Whether comfy-kitchen is in use and has a layout for the format of that name."""
+    known = _TWINS.get(format_name)
+    here = tensors() if known is not None else None
+    return known is not None and hasattr(here, known[0])
+
+
 def twin(weight: QuantizedTensor) -> Any:
     """The same codes and parameters as comfy-kitchen's own quantized tensor; nothing is copied
     that it can use as it is."""

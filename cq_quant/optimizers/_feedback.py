@@ -147,7 +147,10 @@ def accepted(
     before = judge.loss(nearest.levels - weight)
     after = judge.loss(found.levels - weight)
     better = after < before
-    task.tell(
+    best = chosen(better, found, nearest)
+    # What is a level already is its own nearest.
+    codes = grid.nearest(best.levels, {**shared, **best.own})
+    task.tell(  # at the end: on a device all of it may be done again for want of memory
         Rounded(
             rows=weight.shape[0],
             taken=int(better.sum()),
@@ -155,6 +158,4 @@ def accepted(
             kept=float(torch.where(better, after, before).double().sum()),
         )
     )
-    best = chosen(better, found, nearest)
-    # What is a level already is its own nearest.
-    return grid.nearest(best.levels, {**shared, **best.own}), best.own
+    return codes, best.own

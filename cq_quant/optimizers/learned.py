@@ -52,7 +52,7 @@ class Learned(Feedback):
         import torch
 
         directions = _leading(task)
-        nothing = torch.zeros(task.shape[1])
+        nothing = torch.zeros(task.shape[1], device=task.device)
         stated = Moment(rest=nothing, sketch=directions, rows=task.shape[0])
         both = Moment(rest=nothing + 1, sketch=directions, rows=task.shape[0])
 
@@ -113,10 +113,12 @@ def _leading(task: Task) -> torch.Tensor:
     count = min(_MOST, max(_LEAST, int(_SHARE * short)), short)
     wide = min(count + _SPARE, columns)
     generator = torch.Generator().manual_seed(task.seed)
-    basis = torch.linalg.qr(torch.randn(columns, wide, generator=generator))[0]
-    strength = torch.ones(wide)
+    # Drawn on the CPU, so that all devices begin with the same numbers.
+    drawn = torch.randn(columns, wide, generator=generator).to(task.device)
+    basis = torch.linalg.qr(drawn)[0]
+    strength = basis.new_ones(wide)
     for _ in range(_ROUNDS):
-        image = torch.zeros(columns, wide)
+        image = torch.zeros_like(basis)
         for segment in task.rows():
             image.addmm_(segment.T, segment @ basis)
         basis, upper = torch.linalg.qr(image)

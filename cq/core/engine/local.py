@@ -20,7 +20,7 @@ from cq.core.checkpoint import Part, Piece
 from cq.core.dtypes import TensorSpec, spec_of
 from cq.core.engine import device, memory
 from cq.core.errors import InternalError, ResourceError
-from cq.core.placement import CPU, Placement, Room, StreamingMode, offered, placed
+from cq.core.streaming import CPU, Placement, Room, StreamingMode, offered, placed
 
 
 class Progress(NamedTuple):

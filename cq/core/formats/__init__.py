@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 
+SMOOTHED_SINCE = "0.30.0"  # the first ComfyUI release that reads a `pre_quant_scale`
+
+
 class Format(ABC):
     """How a quantized weight is stored. Everything but `pack…`, `unpack` and `store` is pure
     planning on a 2-D weight `(N, K)`.
@@ -27,7 +30,9 @@ class Format(ABC):
     embedding tables and for stacked expert weights `(E, N, K)`, every stored tensor then with a
     leading E. `aliases` are the names that other tools wrote for the same storage. `casts` says
     that it is a plain dtype: no marker, no scales, any shape; `whole` that `unpack` wants all rows
-    at once. Plugs inherit the defaults.
+    at once. `largest_input` is the largest input that its runtime can hold at an `input_scale` of
+    1, None if it reads no such scale; `smooths` whether it reads a `pre_quant_scale`. Plugs inherit
+    the defaults.
     """
 
     name: str
@@ -41,6 +46,8 @@ class Format(ABC):
     aliases: tuple[str, ...] = ()
     casts: bool = False
     whole: bool = False
+    largest_input: float | None = None
+    smooths: bool = False
 
     @abstractmethod
     def refuse(self, weight: TensorSpec, scaling: str, group: int | None) -> str | None:

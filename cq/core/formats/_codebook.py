@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
+from cq.core import tables
 from cq.core.formats.float8_e4m3fn import in_chunks
 from cq.core.grid import RoundColumn, Scales
 
@@ -66,8 +67,8 @@ class CodebookGrid:
         """
         import torch
 
-        relative = torch.empty(_per_group(weight), dtype=torch.float8_e4m3fn)
-        channel = torch.empty(weight.shape[0])
+        relative = weight.new_empty(_per_group(weight), dtype=torch.float8_e4m3fn)
+        channel = weight.new_empty(weight.shape[0])
         for part, *out in in_chunks(_CHUNK, weight, relative, channel):
             for found, place in zip(_plain(part.contiguous()), out, strict=True):
                 place.copy_(found)
@@ -87,8 +88,8 @@ class CodebookGrid:
         """
         import torch
 
-        chosen = torch.empty(_per_group(weight), dtype=torch.float8_e4m3fn)
-        channel = torch.empty(weight.shape[0])
+        chosen = weight.new_empty(_per_group(weight), dtype=torch.float8_e4m3fn)
+        channel = weight.new_empty(weight.shape[0])
         for part, out, row in in_chunks(_CHUNK, weight, chosen, channel):
             whole = part.contiguous()
             whole_scale, largest = unclipped(whole)
@@ -101,17 +102,16 @@ class CodebookGrid:
         import torch
 
         relative, channel = scales["s_rel"], scales["s_channel"]
-        codes = torch.empty(weight.shape, dtype=torch.int8)
+        codes = weight.new_empty(weight.shape, dtype=torch.int8)
+        table = tables.on(weight.device, _code_table)
         for part, own, row, out in in_chunks(_CHUNK, weight, relative, channel, codes):
             index = _cells(part.contiguous(), own, row, bounded=False)[1].view(-1)
-            torch.index_select(_code_table(), 0, index, out=out.view(-1))
+            torch.index_select(table, 0, index, out=out.view(-1))
         return codes
 
     def values(self, codes: torch.Tensor, scales: Scales) -> torch.Tensor:
         """The int8 numbers x `s_channel` in float32."""
-        import torch
-
-        levels = torch.tensor(CODEBOOK)[codes.long()]
+        levels = tables.on(codes.device, codebook)[codes.long()]
         return decoded(levels, scales["s_rel"]).mul_(scales["s_channel"][:, None])
 
     def of_columns(self, scales: Scales, chosen: torch.Tensor) -> CodebookColumns:
@@ -136,7 +136,7 @@ class CodebookColumns:
         half = _CELLS // 2
         first = (self.relative.int() * _CELLS).add_(half).unbind(0)
         half_step, channel = (self.channel / 2).to(dtype), self.channel.to(dtype)
-        numbers = _nearest_numbers().to(dtype)
+        numbers = tables.on(self.relative.device, _nearest_numbers).to(dtype)
 
         def round_column(place: int, weight: torch.Tensor, out: torch.Tensor) -> None:
             cells = torch.div(weight, half_step, out=out).ceil_().clamp_(-half, half - 1)
@@ -228,18 +228,27 @@ def _levels(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     import torch
 
     bins = (groups * (_HALF / scale)).clamp_(-_HALF, _HALF).add_(_HALF)
-    return _level_table().index_select(0, bins.to(torch.int32).view(-1)).view(groups.shape)
+    table = tables.on(groups.device, _level_table)
+    return table.index_select(0, bins.to(torch.int32).view(-1)).view(groups.shape)
 
 
 def _exact_levels(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The nearest level of each element, the lower of two equally near ones."""
     import torch
 
-    codebook = torch.tensor(CODEBOOK)
+    levels = tables.on(groups.device, codebook)
     normalized = groups / scale
-    above = torch.searchsorted(codebook, normalized).clamp_(max=codebook.numel() - 1)
-    higher, lower = codebook[above], codebook[(above - 1).clamp_(min=0)]
+    above = torch.searchsorted(levels, normalized).clamp_(max=levels.numel() - 1)
+    higher, lower = levels[above], levels[(above - 1).clamp_(min=0)]
     return torch.where((higher - normalized).abs_() < (normalized - lower).abs_(), higher, lower)
+
+
+@cache
+def codebook() -> torch.Tensor:
+    """`CODEBOOK` as float32 `(16,)`."""
+    import torch
+
+    return torch.tensor(CODEBOOK)
 
 
 @cache
@@ -248,14 +257,13 @@ def _level_table() -> torch.Tensor:
     float32 arithmetic may be mistaken about the bin."""
     import torch
 
-    codebook = torch.tensor(CODEBOOK)
-    exact = codebook.double()
+    exact = codebook().double()
     thresholds = (exact[1:] + exact[:-1]) / 2
     start = torch.arange(2 * _HALF + 1, dtype=torch.float64) - _HALF
     slack = 0.01  # bins; the arithmetic is mistaken by 0.008 at most
     below = torch.searchsorted(thresholds, (start - slack) / _HALF)
     above = torch.searchsorted(thresholds, (start + 1 + slack) / _HALF)
-    return torch.where(below == above, codebook[below], torch.nan)
+    return torch.where(below == above, codebook()[below], torch.nan)
 
 
 # The numbers that a group scale decodes to --------------------------------------------------------
@@ -280,18 +288,23 @@ def _code_table() -> torch.Tensor:
 
 
 @cache
-def _search_tables() -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row of `_code_table`, the nearest number of every float8 neighbour, and its square.
+def _neighbours() -> torch.Tensor:
+    """For each row of `_code_table`, the nearest number of every float8 neighbour.
 
-    Shapes: float32 `((_LARGEST_CODE + 1) * _CELLS, len(_STEPS))`, twice.
+    Shapes: float32 `((_LARGEST_CODE + 1) * _CELLS, len(_STEPS))`.
     """
     import torch
 
     nearest = _nearest_numbers().view(-1, _CELLS)
     codes = torch.arange(_LARGEST_CODE + 1)
     neighbours = [nearest[(codes + step).clamp(0, _LARGEST_CODE)].view(-1) for step in _STEPS]
-    numbers = torch.stack(neighbours, 1).contiguous()
-    return numbers, numbers.square()
+    return torch.stack(neighbours, 1).contiguous()
+
+
+@cache
+def _squares() -> torch.Tensor:
+    """The squares of `_neighbours`."""
+    return _neighbours().square()
 
 
 @cache
@@ -305,7 +318,7 @@ def _numbers() -> torch.Tensor:
     import torch
 
     codes = torch.arange(_LARGEST_CODE + 1, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    return decoded(torch.tensor(CODEBOOK).repeat(codes.numel(), 1), codes[:, None])
+    return decoded(codebook().repeat(codes.numel(), 1), codes[:, None])
 
 
 def _cells(
@@ -337,7 +350,7 @@ def _search(
     import torch
 
     steps, index = _cells(weight, relative, channel, bounded=True)
-    numbers, squares = _search_tables()
+    numbers, squares = (tables.on(weight.device, table) for table in (_neighbours, _squares))
     bags = index.view(-1, GROUP)
     share = None
     if importance is not None:

@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cq.core import tables
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Fault, Format
-from cq.core.formats._codebook import CODEBOOK, GROUP, CodebookGrid, decoded
+from cq.core.formats._codebook import CODEBOOK, GROUP, CodebookGrid, codebook, decoded
 from cq.core.formats.convrot_w4a4 import (
     group_faults,
     rotated_refusal,
@@ -74,12 +75,10 @@ class AsymW4A8Int8(Format):
 
     def pack_scales(self, scales: Scales) -> dict[str, torch.Tensor]:
         """Scales are stored as they are, with the codebook."""
-        import torch
-
         return {
             "weight_s_rel": scales["s_rel"],
             "weight_s_channel": scales["s_channel"],
-            "weight_codebook": torch.tensor(CODEBOOK),
+            "weight_codebook": tables.on(scales["s_channel"].device, codebook),
         }
 
     def check(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> list[Fault]:
@@ -156,11 +155,11 @@ class AsymW4A8Int8(Format):
         columns = relative.shape[1] * _group_size(marker)
         six = rows.shape[1] * 8 != columns * 4
         codes = _unpack_six_bits(rows, columns) if six else unpack_nibbles(rows, high_first=False)
-        codebook = beside.get("weight_codebook")
-        if codebook is None:
+        own = beside.get("weight_codebook")
+        if own is None:
             levels = codes.float().sub_(32 if six else 8)
         else:
-            table = codebook.float().reshape(-1)
+            table = own.float().reshape(-1)
             levels = table.index_select(0, codes.view(-1).int()).view(codes.shape)
         value = decoded(levels, relative)
         value.mul_(spread(beside["weight_s_channel"], start, *value.shape))
@@ -203,7 +202,7 @@ def _unpack_six_bits(rows: torch.Tensor, columns: int) -> torch.Tensor:
 
     raw = rows.contiguous().view(torch.uint8)
     low = unpack_nibbles(raw[:, : columns // 2], high_first=False)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=raw.device)
     high = (raw[:, columns // 2 :, None] >> shifts) & 3
     return low | (high << 4).view(low.shape)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cq.core import tables
 from cq.core.dtypes import TensorSpec, torch_dtype
 from cq.core.errors import InputError
 from cq.core.formats import Fault, Format
@@ -143,7 +144,8 @@ class ZeroedGrid:
         low = groups.amin(-1)
         extent = groups.amax(-1) - low
         offsets = groups - low[..., None]
-        cuts = _cuts()[_promising(offsets, extent, share)].view(*scale.shape, 2)
+        best = _promising(offsets, extent, share)
+        cuts = tables.on(weight.device, _cuts)[best].view(*scale.shape, 2)
         cut_low, cut_high = cuts.unbind(-1)
         tried = self._stored(cut_low * extent, (1 - cut_low - cut_high) * extent)
         fitted = self._refit(offsets, low, _codes(offsets, *(t.float() for t in tried)), share)
@@ -188,13 +190,13 @@ def _promising(
     weights = None if share is None else share.expand(offsets.shape).reshape(-1, _GROUP)
     errors = torch.nn.functional.embedding_bag(
         bins.view(-1, _GROUP).clamp_(max=_BINS),
-        _error_table(),
+        tables.on(offsets.device, _error_table),
         mode="sum",
         per_sample_weights=weights,
     )
     # Errors are ordered as their bits are. With the candidate's number in their last bits the least
     # is found with its place, in a third of the time.
-    numbers = torch.arange(len(_CUTS), dtype=torch.int32)
+    numbers = torch.arange(len(_CUTS), dtype=torch.int32, device=errors.device)
     keys = errors.view(torch.int32).bitwise_and_(~_LAST_BITS).bitwise_or_(numbers)
     return keys.amin(1).bitwise_and_(_LAST_BITS)
 

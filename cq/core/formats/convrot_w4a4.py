@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cq.core import tables
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Fault, Format
@@ -71,7 +72,7 @@ class Int4Grid:
         import torch
 
         given = self.scales(weight, shared)["scale"]
-        chosen = torch.empty(given.shape)
+        chosen = torch.empty_like(given)
         for part, plain, out in in_chunks(_CHUNK, weight, given, chosen):
             out.copy_(_search(part.contiguous(), plain, importance))
         return {"scale": chosen}
@@ -96,6 +97,13 @@ def _scaled_codes(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 @cache
+def _shares() -> torch.Tensor:
+    import torch
+
+    return torch.tensor(_SHARES, dtype=torch.float32)
+
+
+@cache
 def _error_table() -> torch.Tensor:
     """Squared error of a magnitude of `bin / _BINS` absmax under each candidate, in absmax^2.
 
@@ -116,7 +124,7 @@ def _search(
     """The better of the plain scale and the refitted best candidate, row by row."""
     import torch
 
-    shares = torch.tensor(_SHARES, dtype=torch.float32)
+    shares = tables.on(weight.device, _shares)
     scale = shares[_tabled(weight, plain, importance).argmin(1)] * plain
     codes = _scaled_codes(weight, scale[:, None])
     weighted = codes if importance is None else codes * importance
@@ -137,7 +145,7 @@ def _tabled(
     # A row's own absmax can land on the last bin's far side by rounding, no further.
     return torch.nn.functional.embedding_bag(
         bins.clamp_(max=_BINS),
-        _error_table(),
+        tables.on(weight.device, _error_table),
         mode="sum",
         per_sample_weights=None if importance is None else importance.expand(weight.shape),
     )

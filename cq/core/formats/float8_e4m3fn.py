@@ -61,9 +61,7 @@ class Float8Grid:
 
     def nearest(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes in the float8 dtype; a product with the inverse scale, as comfy-kitchen has it."""
-        import torch
-
-        codes = torch.empty(weight.shape, dtype=torch_dtype(self.dtype))
+        codes = weight.new_empty(weight.shape, dtype=torch_dtype(self.dtype))
         inverse = 1.0 / scales["scale"]
         for rows, part in in_chunks(_CHUNK, weight, codes):
             part.copy_((rows * inverse).clamp_(-self.largest, self.largest))
@@ -115,8 +113,11 @@ def tensor_scale(segments: Iterable[torch.Tensor], levels: float) -> torch.Tenso
 
 
 def in_chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Equal row ranges of all `tensors`, of about `size` elements of the first one."""
-    step = max(1, size // max(1, tensors[0][:1].numel()))
+    """Equal row ranges of all `tensors`, of about `size` elements of the first one; all at once on
+    a device, which has no core's cache to keep to and pays for every step."""
+    rows = max(1, tensors[0].shape[0])
+    on_cpu = tensors[0].device.type == "cpu"
+    step = max(1, size // max(1, tensors[0][:1].numel())) if on_cpu else rows
     for start in range(0, tensors[0].shape[0], step):
         yield tuple(tensor[start : start + step] for tensor in tensors)
 
@@ -169,6 +170,7 @@ class Float8(Format):
         self.name = name
         self.dtype = dtype
         self.aliases = aliases
+        self.largest_input = largest
         self._grid = Float8Grid(dtype, largest)
 
     def refuse(self, weight: TensorSpec, scaling: str, group: int | None) -> str | None:

@@ -75,7 +75,7 @@ class Mxfp8Grid:
         import torch
 
         blocks = _blocks(weight)
-        found = torch.empty(blocks.shape[:2], dtype=torch.uint8)
+        found = weight.new_empty(blocks.shape[:2], dtype=torch.uint8)
         for part, out in in_chunks(_CHUNK, blocks, found):
             largest = block_absmax(part)
             # float32's log2, though it is inexact: above a power of two by an ulp the exponent
@@ -95,7 +95,7 @@ class Mxfp8Grid:
         import torch
 
         blocks, exponent = _blocks(weight), scales["exponent"]
-        codes = torch.empty(blocks.shape, dtype=torch.float8_e4m3fn)
+        codes = weight.new_empty(blocks.shape, dtype=torch.float8_e4m3fn)
         step, empty = _powers(exponent), exponent == 0
         step[empty] = 1.0
         for part, own, out in in_chunks(_CHUNK, blocks, step, codes):

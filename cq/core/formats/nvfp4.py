@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cq.core import tables
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError
 from cq.core.formats import Fault
@@ -86,7 +87,7 @@ class Nvfp4Grid:
         import torch
 
         blocks = _blocks(weight)
-        found = torch.empty(blocks.shape[:2], dtype=torch.float8_e4m3fn)
+        found = weight.new_empty(blocks.shape[:2], dtype=torch.float8_e4m3fn)
         for part, out in in_chunks(_CHUNK, blocks, found):
             needed = (block_absmax(part) / _LARGEST).div_(shared["scale_2"])
             out.copy_(needed.clamp_(max=_LARGEST_SCALE))
@@ -111,7 +112,7 @@ class Nvfp4Grid:
         step = _steps(plain, shared["scale_2"])
         inverse = (_BINS_PER_UNIT / step).clamp_(max=2.0**120)  # so that 0 stays 0
         best = _best(blocks, code, inverse, importance)
-        move = torch.tensor(_STEPS, dtype=torch.int32).index_select(0, best.flatten() & 7)
+        move = tables.on(weight.device, _moves).index_select(0, best.flatten() & 7)
         free = (best > 7) & (code >= _LOWEST) & (code <= _HIGHEST) & (step >= _SMALLEST_STEP)
         moved = code + move.view(code.shape).mul_(free).to(torch.uint8)
         return {"block": moved.view(torch.float8_e4m3fn)}
@@ -122,7 +123,7 @@ class Nvfp4Grid:
 
         blocks = _blocks(weight)
         step = _steps(scales["block"], scales["scale_2"])
-        codes = torch.empty(blocks.shape, dtype=torch.uint8)
+        codes = weight.new_empty(blocks.shape, dtype=torch.uint8)
         for part, own, out, *work in _worked(3, blocks, _divisor(step), codes):
             torch.div(part, own[..., None], out=work[0])
             _encode(work, out)
@@ -134,8 +135,8 @@ class Nvfp4Grid:
         """level x (scale of the weight x scale of the block) in float32."""
         import torch
 
-        levels = torch.tensor((*_LEVELS, *(-level for level in _LEVELS)))
-        out = torch.empty(codes.shape)
+        levels = tables.on(codes.device, _signed_levels)
+        out = torch.empty(codes.shape, device=codes.device)
         for part, given, value in in_chunks(_CHUNK, codes, scales["block"], out):
             torch.index_select(levels, 0, part.flatten().int(), out=value.view(-1))
             _multiply(value, _steps(given, scales["scale_2"]))
@@ -176,10 +177,10 @@ def _worked(count: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, 
     memory of the chunk before: to allocate can cost more than to compute."""
     import torch
 
-    work = torch.empty(0)
+    work = tensors[0].new_empty(0, dtype=torch.float32)
     for chunk in in_chunks(_CHUNK, *tensors):
         if work.shape[1:] != chunk[0].shape:
-            work = torch.empty(count, *chunk[0].shape)
+            work = work.new_empty(count, *chunk[0].shape)
         yield (*chunk, *work)
 
 
@@ -209,10 +210,10 @@ def _best(
     its candidate; 7 or less if no candidate gains. Shapes: I32 `(rows, blocks)`."""
     import torch
 
-    found = torch.empty(code.shape, dtype=torch.int32)
+    found = code.new_empty(code.shape, dtype=torch.int32)
     first = (code & (_MANTISSAS - 1)).float().mul_(_BINS)
-    steps = torch.tensor(_STEPS, dtype=torch.int32)
-    places = torch.arange(len(_STEPS), dtype=torch.int32)
+    steps, table = (tables.on(code.device, own) for own in (_moves, _table))
+    places = torch.arange(len(_STEPS), dtype=torch.int32, device=code.device)
     chunks = _worked(2, blocks, inverse, first, code, found)
     for part, scale, row, given, out, ratio, cell in chunks:
         torch.mul(part, scale[..., None], out=ratio)
@@ -220,7 +221,7 @@ def _best(
         index = cell.view(torch.int32).copy_(ratio)
         weights = None if importance is None else importance.expand(part.shape).reshape(-1, _BLOCK)
         gains = torch.nn.functional.embedding_bag(
-            index.view(-1, _BLOCK), _table(), mode="sum", per_sample_weights=weights
+            index.view(-1, _BLOCK), table, mode="sum", per_sample_weights=weights
         )
         # Positive floats are ordered as their bits are, and negative ones are negative numbers: an
         # integer maximum finds value and place at once, in a third of the time.
@@ -230,6 +231,20 @@ def _best(
         keys[top] = keys[top].masked_fill(beyond, 0)
         torch.amax(keys.view(*out.shape, -1), -1, out=out)
     return found
+
+
+@cache
+def _moves() -> torch.Tensor:
+    import torch
+
+    return torch.tensor(_STEPS, dtype=torch.int32)
+
+
+@cache
+def _signed_levels() -> torch.Tensor:
+    import torch
+
+    return torch.tensor((*_LEVELS, *(-level for level in _LEVELS)))
 
 
 @cache
@@ -272,6 +287,8 @@ class Nvfp4(BlockScaled):
 
     name = "nvfp4"
     first_comfyui = "0.8.0"
+    largest_input = _LARGEST * _LARGEST_SCALE
+    smooths = True
     block = _BLOCK
     scale_dtype = "F8_E4M3"
     scale_dtypes = frozenset({"U8", "F8_E4M3"})
@@ -350,8 +367,8 @@ class Nvfp4(BlockScaled):
         columns = 2 * rows.shape[1]
         block = self.block_scales(beside["weight_scale"], start, rows.shape[0], columns)
         scale_2 = beside["weight_scale_2"].float().reshape(())
-        pairs, packed = _pairs(), rows.contiguous().view(torch.uint8)
-        out = torch.empty(rows.shape, dtype=torch.int64)
+        pairs, packed = tables.on(rows.device, _pairs), rows.contiguous().view(torch.uint8)
+        out = packed.new_empty(rows.shape, dtype=torch.int64)
         for part, given, pair in in_chunks(_CHUNK // 2, packed, block, out):
             torch.index_select(pairs, 0, part.flatten().int(), out=pair.view(-1))
             _multiply(pair.view(torch.float32), _steps(given, scale_2))
@@ -363,8 +380,7 @@ def _pairs() -> torch.Tensor:
     """The two float32 levels of each byte, moved as one 64-bit number: `(256,)`."""
     import torch
 
-    levels = torch.tensor((*_LEVELS, *(-level for level in _LEVELS)))
-    byte = torch.arange(256)
+    levels, byte = _signed_levels(), torch.arange(256)
     return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=-1).view(torch.int64).flatten()
 
 
