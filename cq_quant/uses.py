@@ -229,9 +229,8 @@ class Uses:
 def _can_correct(layer: Layer, source: Checkpoint, bias: str) -> bool:
     spec = source.specs.get(bias)
     grid = layer.plan.format.grid(layer.matrix, layer.plan.scaling)
-    return (
-        spec is not None and spec.is_float and spec.shape == layer.matrix.shape[:1] and bool(grid)
-    )
+    fits = spec is not None and spec.is_float and spec.shape == layer.matrix.shape[:1]
+    return fits and grid is not None
 
 
 def _no_place(found: Equalized, known: Knowledge) -> str:

@@ -1,7 +1,7 @@
 """Devices and portions: the same integers, memory that is kept to, and words that are true.
 
 There is no GPU in the tests. What runs on one is tried on tensors that say they are elsewhere
-(`elsewhere.py`); streams and pinned memory alone are not.
+(`elsewhere.py`), and on streams that only write down what they are told.
 """
 
 from __future__ import annotations

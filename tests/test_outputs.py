@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from test_architecture import check
 import cq
 import cq_analyze
 import cq_quant
+from cq.cli import main
+from cq.cli.output import Terminal
 from cq.core import calibration as files
 from cq.core.calibration import Statistics
 from cq.core.comfy import MARKER
 from cq.core.errors import PlanError, UsageError
 from cq.core.stored import stored_layers
 from cq.layouts import load
-from tests.processes import cq as command
 
 LAYERS = ("blocks.0.mlp.0", "blocks.1.mlp.0", "blocks.2.mlp.0")
 
@@ -125,20 +127,26 @@ def test_equal_weights_have_no_output_error(case: Case) -> None:
     check("verify", document)
 
 
+def run(*argv: object) -> tuple[int, str]:
+    out = io.StringIO()
+    terminal = Terminal(stdin=io.StringIO(), stdout=out, stderr=io.StringIO())
+    return main.run([*map(str, argv)], terminal), out.getvalue()
+
+
 def test_the_gate_judges_the_layers_that_were_recorded(case: Case, tmp_path: Path) -> None:
     largest = max(x.output.relative_error for x in verified(case).layers if x.output)
     page = tmp_path / "report.html"
     arguments = ["verify", case.quantized, "--against", case.plain]
     arguments += ["--calibration", case.calibration]
-    kept = command(*arguments, "--max-output-error", largest * 1.01, "--report", page)
-    assert kept.code == 0
-    assert "worst outputs" in kept.out and "mean of 2 layers" in kept.out
-    assert "kept by all 2 layers" in kept.out
-    assert "does not follow from a calibration" in kept.out
+    code, out = run(*arguments, "--max-output-error", largest * 1.01, "--report", page)
+    assert code == 0
+    assert "worst outputs" in out and "mean of 2 layers" in out
+    assert "kept by all 2 layers" in out
+    assert "does not follow from a calibration" in out
     assert "output error" in page.read_text()
-    missed = command(*arguments, "--max-output-error", largest * 0.99, "--json")
-    document = json.loads(missed.out)
-    assert missed.code == 1
+    code, out = run(*arguments, "--max-output-error", largest * 0.99, "--json")
+    document = json.loads(out)
+    assert code == 1
     assert document["gates"][0]["name"] == "max_output_error"
     assert [f["value"] for f in document["gates"][0]["failures"]] == [pytest.approx(largest)]
     check("verify", document)
