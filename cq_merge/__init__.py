@@ -15,7 +15,7 @@ from cq.core.lazy import exports
 
 if TYPE_CHECKING:
     from cq_merge.explaining import Explanation, explain
-    from cq_merge.extract import ExtractStage, Losses, extract
+    from cq_merge.extracting import ExtractStage, Losses, extract
     from cq_merge.merging import merge
     from cq_merge.stage import MergeStage
 
@@ -32,11 +32,11 @@ __getattr__ = exports(
     __name__,
     {
         "Explanation": "cq_merge.explaining",
-        "ExtractStage": "cq_merge.extract",
-        "Losses": "cq_merge.extract",
+        "ExtractStage": "cq_merge.extracting",
+        "Losses": "cq_merge.extracting",
         "MergeStage": "cq_merge.stage",
         "explain": "cq_merge.explaining",
-        "extract": "cq_merge.extract",
+        "extract": "cq_merge.extracting",
         "merge": "cq_merge.merging",
     },
 )
