@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 _CONTEXT = multiprocessing.get_context("forkserver")
 _PRELOAD = ["cq.cli.main", "cq.core.shards", "cq_quant.stage", "cq_merge.stage", "torch"]
 _TIMEOUT = 120.0
-_NOTE = ".index.json.partial"  # which of several shards are whole
+_NOTE = ".index.json.partial.journal"  # which of several shards are whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from cq.cli.main import run as run_line
 from cq.cli.output import Terminal
 from cq.core import shards
 from cq.core.engine import memory
+from cq.core.errors import PlanError
 from tests.processes import CQ, TIMEOUT, big_model, environment
 from tests.processes import cq as run_cq
 
@@ -72,29 +74,72 @@ def test_strike_notices_a_broken_output(inputs: Path) -> None:
         faults.strike(inputs, command, broken, 0.0, once_begun=True)
 
 
-def test_shards_killed_between_a_name_and_the_note_of_it_come_again(
+def moments(monkeypatch: pytest.MonkeyPatch, at: Path, kept: Path) -> Callable[[], list[Path]]:
+    """Keeps what lies in `at` around every call that changes a file or a name: what a kill at that
+    moment would leave. Files under their last names stay the same files, as they would."""
+    images: list[Path] = []
+
+    def image() -> None:
+        images.append(kept / str(len(images)))
+        images[-1].mkdir()
+        for path in at.iterdir():
+            whole = path.suffix in {".safetensors", ".json"}
+            (os.link if whole else shutil.copy2)(path, images[-1] / path.name)
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def around(*args: Any, **options: Any) -> Any:
+            image()
+            result = call(*args, **options)
+            image()
+            return result
+
+        return around
+
+    for place, names in ((os, ("ftruncate", "pwrite")), (Path, ("replace", "unlink"))):
+        for name in names:
+            monkeypatch.setattr(place, name, watched(getattr(place, name)))
+    return lambda: images
+
+
+def test_shards_killed_around_any_change_of_a_file_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = cq.open(make.save(tmp_path / "base.safetensors", make.model(blocks=3)))
-    size = 100_000
-    shards.write_shards(model, tmp_path / "whole.safetensors", max_bytes=size)
-    write = shards.write
+    for name in ("whole", "images"):
+        (tmp_path / name).mkdir()
 
-    def killed(*args: Any, **options: Any) -> None:
-        write(*args, **options)
-        raise KeyboardInterrupt
+    def write(directory: Path) -> dict[str, bytes]:
+        shards.write_shards(model, directory / "out.safetensors", max_bytes=100_000, workers=1)
+        return faults.contents(directory)
 
-    out = tmp_path / "out.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write", killed)
-        for _ in range(2):  # each time another shard is whole, and nothing says so
-            with pytest.raises(KeyboardInterrupt):
-                shards.write_shards(model, out, max_bytes=size)
-    written = shards.write_shards(model, out, max_bytes=size)
-    assert 0 < written.parts_resumed < written.parts
-    for path in tmp_path.glob("whole*-of-*"):
-        other = path.with_name(path.name.replace("whole", "out"))
-        assert path.read_bytes() == other.read_bytes()
+        images = moments(patch, tmp_path / "whole", tmp_path / "images")
+        whole = write(tmp_path / "whole")
+    index = "out.safetensors.index.json"
+    assert index in whole
+    assert len(whole) > 3
+    resumed = 0
+    for directory in images():
+        if (directory / index).exists():  # all is whole, but for the notes
+            found = faults.contents(directory)
+            assert {n: v for n, v in found.items() if not n.endswith(".partial.journal")} == whole
+            continue
+        resumed += any(path.suffix == ".safetensors" for path in directory.iterdir())
+        assert write(directory) == whole
+    assert resumed > 20
+
+
+def test_shards_leave_foreign_files_alone_that_have_the_names_of_their_notes(
+    tmp_path: Path,
+) -> None:
+    model = cq.open(make.save(tmp_path / "base.safetensors", make.model(blocks=1)))
+    for suffix in (".partial", ".partial.journal"):
+        path = tmp_path / f"out.safetensors.index.json{suffix}"
+        path.write_bytes(b"a download")
+        with pytest.raises(PlanError, match="is not cq's"):
+            shards.write_shards(model, tmp_path / "out.safetensors", max_bytes=100_000)
+        assert path.read_bytes() == b"a download"
+        path.unlink()
 
 
 @pytest.fixture

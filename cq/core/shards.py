@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from cq.core import files, laid_out, manifest, sink
 from cq.core.checkpoint import Checkpoint, Part, narrowed
 from cq.core.dtypes import TensorSpec
 from cq.core.engine.local import Progress
-from cq.core.errors import PlanError, ResourceError, UsageError
+from cq.core.errors import PlanError, UsageError
 from cq.core.source import INDEX_SUFFIX
 from cq.core.write import Written, write
 
 _SUFFIX = ".safetensors"
 # What a tensor's entry in a header takes at most, beside its name and the sizes in its shape
 _ENTRY_BYTES, _SIDE_BYTES = 128, 21
-_PARTIAL = ".partial"
+_NOTE_BEGIN = b'{"work":'
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,20 +149,22 @@ def write_shards(
     index = index_path(output)
     digest = _digest(checkpoint, max_bytes)
     if restart:
-        _partial(index).unlink(missing_ok=True)
+        for path in sink.working_files(index):
+            path.unlink(missing_ok=True)
     shards = check_targets(checkpoint, output, max_bytes, force=force)
     done = _finished(index, digest)
     nbytes = parts = resumed = written_bytes = 0
     total = sum(shard.checkpoint.nbytes for shard in shards)
     for shard in shards:
         own = len(shard.checkpoint.parts)
-        if shard.path.name in done and shard.path.is_file():
+        if shard.path.name in done:
+            _drop(sink.working_files(shard.path)[1])  # left by a kill right after the name
             nbytes += shard.path.stat().st_size
             resumed += own
         else:
             # A kill may come between the shard's name and the next note.
             begun = {"shard": shard.path.name, "in_the_way": _identity(shard.path)}
-            _note(index, {"work": digest, "finished": sorted(done), "begun": begun})
+            _put(index, {"work": digest, "finished": done, "begun": begun}, _notes(index))
             written = write(
                 shard.checkpoint,
                 shard.path,
@@ -173,18 +176,17 @@ def write_shards(
             )
             nbytes += written.nbytes
             resumed += written.parts_resumed
-            done.add(shard.path.name)
-            _note(index, {"work": digest, "finished": sorted(done)})
+            done[shard.path.name] = _identity(shard.path)
         parts += own
         written_bytes += shard.checkpoint.nbytes
     placed = {name: shard.path.name for shard in shards for name in shard.checkpoint.specs}
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    _note(index, document)
-    try:
-        _partial(index).replace(index)
-    except OSError as error:
-        raise _unwritable(index, error) from error
+    # Killed between the index's name and the end of the notes, these speak of nothing unfinished.
+    ended = hashlib.sha256(_text(document)).hexdigest()
+    _put(index, {"work": digest, "finished": done, "ended": ended}, _notes(index))
+    _put(index, document, index)
     files.sync_directory(index.parent)
+    _drop(_notes(index))
     return Written(
         path=index,
         nbytes=nbytes,
@@ -214,38 +216,54 @@ def _digest(checkpoint: Checkpoint, max_bytes: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _partial(index: Path) -> Path:
-    return index.with_name(index.name + _PARTIAL)
+def _notes(index: Path) -> Path:
+    """Where it stands which shards are whole, as long as the index is not written."""
+    return sink.working_files(index)[1]
 
 
-def _finished(index: Path, digest: str) -> set[str]:
-    """The shards that an interrupted run of the same work has left whole.
+def _finished(index: Path, digest: str) -> dict[str, list[int] | None]:
+    """The shards that an interrupted run of the same work has left whole, and which files they are.
 
-    Raises: PlanError if the note of them is of other work, or somebody else's file.
+    Raises: PlanError if the notes are of other work, or are somebody else's file.
     """
-    path = _partial(index)
+    path = _notes(index)
     try:
         found = orjson.loads(path.read_bytes())
     except FileNotFoundError:
-        return set()
+        _check_partial(index)
+        return {}
     except (OSError, orjson.JSONDecodeError):
         found = None
-    if isinstance(found, dict) and found.get("work") == digest:
-        done = {name for name in found.get("finished", []) if isinstance(name, str)}
-        begun = found.get("begun")
-        if isinstance(begun, dict) and isinstance(name := begun.get("shard"), str):
-            now = _identity(index.with_name(Path(name).name))
-            if now is not None and now != begun.get("in_the_way"):
-                done.add(name)  # a file gets this name when it is whole
-        return done
-    if isinstance(found, dict) and "weight_map" in found:
-        return set()  # cut off between its last write and its name
-    raise PlanError(
-        f"`{path}` holds unfinished work of another command",
-        where=str(path),
-        hint="run that command again to finish it, or add `--restart` to discard it",
-        code="plan.other_partial",
-    )
+    if not isinstance(found, dict):
+        raise _in_the_way(path)
+    with suppress(OSError):
+        if found.get("ended") == hashlib.sha256(index.read_bytes()).hexdigest():
+            return {}
+    if found.get("work") != digest:
+        raise PlanError(
+            f"`{path}` speaks of unfinished work of another command",
+            where=str(path),
+            hint="run that command again to finish it, or add `--restart` to discard it",
+            code="plan.other_partial",
+        )
+    done = {n: was for n, was in found["finished"].items() if was == _identity(index.with_name(n))}
+    if begun := found.get("begun"):
+        now = _identity(index.with_name(begun["shard"]))
+        if now is not None and now != begun["in_the_way"]:
+            done[begun["shard"]] = now  # a file gets this name when it is whole
+    return done
+
+
+def _check_partial(index: Path) -> None:
+    """Raises: PlanError if the file through which notes are written is somebody else's."""
+    path = sink.working_files(index)[0]
+    try:
+        with path.open("rb") as file:
+            ours = _NOTE_BEGIN.startswith(file.read(len(_NOTE_BEGIN)))  # also one that was torn
+    except OSError:
+        return
+    if not ours:
+        raise _in_the_way(path)
 
 
 def _identity(path: Path) -> list[int] | None:
@@ -256,23 +274,37 @@ def _identity(path: Path) -> list[int] | None:
     return [found.st_dev, found.st_ino, found.st_mtime_ns]
 
 
-def _note(index: Path, document: Mapping[str, Any]) -> None:
-    raw = orjson.dumps(document, option=orjson.OPT_INDENT_2)
+def _text(document: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2)
+
+
+def _put(index: Path, document: Mapping[str, Any], target: Path) -> None:
+    """Write a document under the name `target`, which is the old or the new one at every moment."""
+    raw = _text(document) if target == index else orjson.dumps(document)
+    partial = sink.working_files(index)[0]
     try:
-        fd = os.open(_partial(index), files.OWN_FLAGS, 0o666)
+        fd = os.open(partial, files.OWN_FLAGS, 0o666)
         try:
             os.ftruncate(fd, 0)
             files.write_at(fd, memoryview(raw), 0)
             os.fsync(fd)
         finally:
             os.close(fd)
+        partial.replace(target)
     except OSError as error:
-        raise _unwritable(index, error) from error
+        _drop(partial)
+        raise sink.unwritable(str(index), error) from error
 
 
-def _unwritable(index: Path, error: OSError) -> ResourceError:
-    return ResourceError(
-        f"cannot write `{index}`: {(error.strerror or str(error)).lower()}",
-        where=str(index),
-        code="resource.output",
+def _drop(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _in_the_way(path: Path) -> PlanError:
+    return PlanError(
+        f"`{path}` is in the way, and it is not cq's",
+        where=str(path),
+        hint="move it away, or add `--restart` to discard it",
+        code="plan.other_partial",
     )

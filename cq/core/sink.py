@@ -74,7 +74,7 @@ class FileSink(JournalledFile):
         restart: bool = False,
         in_place: bool = False,
     ) -> None:
-        self.partial, journal = _working_files(target)
+        self.partial, journal = working_files(target)
         super().__init__(checkpoint, target, journal)
         self._force, self._restart, self._in_place = force or in_place, restart, in_place
         self._parts = len(checkpoint.parts)
@@ -197,8 +197,8 @@ class FileSink(JournalledFile):
         self.close()
 
 
-def _working_files(target: Path) -> tuple[Path, Path]:
-    """The partial file and the journal of an output."""
+def working_files(target: Path) -> tuple[Path, Path]:
+    """The partial file and the journal of an output, where they lie beside it."""
     real = Path(os.path.realpath(target))
     return real.with_name(real.name + ".partial"), real.with_name(real.name + ".partial.journal")
 
@@ -219,7 +219,7 @@ def check_target(
     regular file; ResourceError if its directory is missing.
     """
     shown = str(target)
-    for path in (*(() if in_place else (target,)), *_working_files(target)):
+    for path in (*(() if in_place else (target,)), *working_files(target)):
         if any(file.same_file(path) for file in checkpoint.inputs) or any(
             _same_file(source.path, path) for source in checkpoint.sources
         ):
