@@ -71,24 +71,30 @@ def take(
     """The inventory of a checkpoint; `coded` says that layers of it may be quantized."""
     parameters = _parameters(checkpoint) if coded else {}
     beside = {c.prefix: c.kind for c in components} if _has_main_model(components) else {}
+    by_both: dict[tuple[str, str], list[int]] = {}
+    for name, spec in checkpoint.specs.items():
+        key = spec.dtype, _role(name, spec, known, beside)
+        counts = by_both.get(key)
+        if counts is None:
+            counts = by_both[key] = [0, 0, 0]
+        counts[0] += 1
+        counts[1] += parameters.get(name, spec.numel)
+        counts[2] += spec.nbytes
     by_dtype: dict[str, list[int]] = {}
     by_role: dict[str, list[int]] = {}
-    for name, spec in checkpoint.specs.items():
-        count = parameters.get(name, spec.numel)
-        role = _role(name, spec, known, beside)
-        for counts in (
-            by_dtype.setdefault(spec.dtype, [0, 0, 0]),
-            by_role.setdefault(role, [0] * 3),
-        ):
-            counts[0] += 1
-            counts[1] += count
-            counts[2] += spec.nbytes
+    for (dtype, role), counts in by_both.items():
+        _add(by_dtype.setdefault(dtype, [0, 0, 0]), counts)
+        _add(by_role.setdefault(role, [0, 0, 0]), counts)
     every = [sum(column) for column in zip(*by_dtype.values(), strict=True)] or [0, 0, 0]
     return Inventory(
         total=_amount(every),
         dtypes={k: _amount(by_dtype[k]) for k in sorted(by_dtype, key=lambda k: -by_dtype[k][2])},
         roles={k: _amount(by_role[k]) for k in sorted(by_role, key=lambda k: -by_role[k][2])},
     )
+
+
+def _add(counts: list[int], more: list[int]) -> None:
+    counts[:] = (a + b for a, b in zip(counts, more, strict=True))
 
 
 def _amount(counts: list[int]) -> Amount:
@@ -112,9 +118,10 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _role(name: str, spec: TensorSpec, known: Knowledge, beside: Mapping[str, str]) -> str:
-    place = component_of(name)
-    if place.kind is not None and beside.get(place.prefix) in {"VAE", "text encoder"}:
-        return beside[place.prefix]
+    if beside:
+        place = component_of(name)
+        if place.kind is not None and beside.get(place.prefix) in {"VAE", "text encoder"}:
+            return beside[place.prefix]
     if name.endswith(".bias"):
         return "bias"
     layer, _, local = name.rpartition(".")

@@ -547,6 +547,24 @@ def test_w4a8_rows_are_bit_equal_to_kitchen(case: str) -> None:
     assert make.same(codebook, W4A8.pack_scales(scales)["weight_codebook"])
 
 
+def test_w4a8_extremes_are_those_of_groups_of_either_sign_or_both() -> None:
+    weight = torch.randn(64, 16, generator=torch.Generator().manual_seed(3))
+    groups = torch.cat((weight, weight.abs(), -weight.abs(), torch.zeros(2, 16), weight * 1e-44))
+    highest, lowest = _codebook._extremes(groups)
+    assert torch.equal(highest, groups.amax(1))
+    assert torch.equal(lowest, groups.amin(1))
+
+
+@pytest.mark.parametrize("shift", [0.0, 9.0, -9.0], ids=["mixed", "gains", "losses"])
+def test_w4a8_greatest_gain_is_the_first_of_equal_ones(shift: float) -> None:
+    """Small whole numbers are often equal; losses have bits in another order."""
+    values = torch.randint(-3, 4, (500, 8), generator=torch.Generator().manual_seed(4)) + shift
+    most, place = _codebook._first_greatest(values.float())
+    expected = values.max(1)
+    assert torch.equal(most, expected.values.float())
+    assert torch.equal(place, (values == expected.values[:, None]).int().argmax(1))
+
+
 def test_w4a8_thresholds_are_kitchens_to_the_last_bit() -> None:
     """Weights on and beside the middle of two levels, where a table of bins cannot tell."""
     middles = (LUT[1:] + LUT[:-1]) / 2

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cq.core.header as header_module
 from cq.core.dtypes import DTYPES, TensorSpec, spec_of
 from cq.core.errors import InputError
 from cq.core.header import Header, header_length, lay_out, parse, printable, total_nbytes
@@ -329,6 +330,40 @@ def test_parse_refuses_a_key_named_twice_in_an_entry() -> None:
 def test_parse_refuses_a_metadata_key_named_twice() -> None:
     raw = b'{"__metadata__":{"format":"pt","format":"np"}}'
     assert "`format` is in the header twice" in refused(make.file_bytes(raw)).message
+
+
+def test_parse_refuses_a_double_name_beside_an_entry_that_lacks_as_many_texts() -> None:
+    """Counting quotes cannot tell: what is doubled makes up for what is missing."""
+    entry = json.dumps(make.entry("U8", [0], 0, 0)).encode()
+    raw = (
+        b'{"a":'
+        + entry
+        + b',"a":'
+        + entry
+        + b',"b":{"shape":[0],"data_offsets":[0,0]},"c":{"shape":[0]}}'
+    )
+    assert raw.count(b'"') == 10 * 3
+    refused(make.file_bytes(raw))
+
+
+@given(
+    st.dictionaries(
+        TEXT.filter(lambda name: name != "__metadata__"), st.integers(0, 3), max_size=4
+    ),
+    st.none() | st.dictionaries(TEXT, TEXT, max_size=3),
+    st.booleans(),
+)
+def test_parse_reads_the_same_by_either_parser(
+    tensors: dict[str, int], metadata: dict[str, str] | None, escaped: bool
+) -> None:
+    document: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    at = 0
+    for name, size in tensors.items():
+        document[name] = make.entry("U8", [size], at, at := at + size)
+    raw = json.dumps(document, ensure_ascii=escaped).encode()
+    slow = header_module._load_json(raw, WHERE)
+    assert header_module._quickly(raw) in (None, slow)
+    assert (header_module._quickly(raw) is None) == (b"\\" in raw or b"-0" in raw)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from cq.core.text import printable
 MARKER = ".comfy_quant"
 WEIGHT = ".weight"
 HEADER_KEY = "_quantization_metadata"
-_SCALE_SUFFIXES = (".weight_scale", ".scale_weight", ".weight_scale_2", ".weight_s_rel")
-_FOREIGN_CODES = ".qweight"
+_SCALES = frozenset({"weight_scale", "scale_weight", "weight_scale_2", "weight_s_rel"})
+_FOREIGN_CODES = "qweight"
+_CODES = frozenset(d.name for d in DTYPES.values() if d.bits <= 8 and d.name != "BOOL")
 
 
 def marker_bytes(settings: Mapping[str, Any]) -> bytes:
@@ -109,16 +110,19 @@ def find_quantized(checkpoint: Checkpoint) -> list[Quantized]:
     found: dict[str, str] = dict.fromkeys(header_layers(checkpoint.metadata), "header")
     specs = checkpoint.specs
     for name, spec in specs.items():
-        if name.endswith(MARKER):
-            found[name.removesuffix(MARKER)] = "marker"
-        elif name.endswith(_SCALE_SUFFIXES):
-            layer = name[: name.rindex(".")]
+        layer, dot, local = name.rpartition(".")
+        if not dot:
+            continue
+        if local == "weight":
+            if spec.dtype in _CODES:
+                found.setdefault(layer, "dtype")
+        elif local == "comfy_quant":
+            found[layer] = "marker"
+        elif local in _SCALES:
             if layer + WEIGHT in specs:
                 found.setdefault(layer, "scale")
-        elif name.endswith(_FOREIGN_CODES):
-            found.setdefault(name.removesuffix(_FOREIGN_CODES), "codes")
-        elif name.endswith(WEIGHT) and DTYPES[spec.dtype].bits <= 8 and spec.dtype != "BOOL":
-            found.setdefault(name.removesuffix(WEIGHT), "dtype")
+        elif local == _FOREIGN_CODES:
+            found.setdefault(layer, "codes")
     return [Quantized(layer, evidence) for layer, evidence in sorted(found.items())]
 
 

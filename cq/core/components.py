@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from cq.core.dtypes import TensorSpec
 from cq.core.families import PREFIXES, Detection, Family, detect
+from cq.core.header import total_nbytes
 
 _FAMILY_KINDS = {"diffusion": "diffusion model", "text encoder": "text encoder"}
 
@@ -29,6 +30,9 @@ class Place(NamedTuple):
 
     kind: str | None
     prefix: str
+
+
+_ANYWHERE = Place(None, "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +84,7 @@ def component_of(name: str) -> Place:
     """
     found = _PLACES.match(name)
     if found is None or found.lastgroup is None:
-        return Place(None, "")
+        return _ANYWHERE
     return Place(_PLACE_KINDS[found.lastgroup], found[0])
 
 
@@ -90,22 +94,24 @@ def components(specs: Mapping[str, TensorSpec]) -> tuple[Component, ...]:
     Names without a component's prefix are the model itself, of the kind of the family found in
     them, unless a diffusion model stands under its own prefix: then they are `other`.
     """
-    counts: dict[Place, list[int]] = {}
+    within: dict[Place, list[TensorSpec]] = {}
+    last, own = None, []
     for name, spec in specs.items():
-        count = counts.setdefault(component_of(name), [0, 0])
-        count[0] += 1
-        count[1] += spec.nbytes
-    apart = any(place.kind == "diffusion model" for place in counts)
+        place = component_of(name)
+        if place is not last:
+            last, own = place, within.setdefault(place, [])
+        own.append(spec)
+    apart = any(place.kind == "diffusion model" for place in within)
     found = []
-    for place, (tensors, nbytes) in counts.items():
+    for place, own in within.items():
         kind, detection = _inside(specs, place, apart=apart)
         found.append(
             Component(
                 kind=kind,
                 prefix=place.prefix,
                 detection=detection,
-                tensors=tensors,
-                nbytes=nbytes,
+                tensors=len(own),
+                nbytes=total_nbytes(own),
             )
         )
     return tuple(found)

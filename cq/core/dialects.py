@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from cq.core.dtypes import TensorSpec
@@ -134,26 +134,25 @@ class Dialect:
         self.lines = tuple(lines)
 
     @cached_property
-    def _by_native(self) -> dict[str, list[tuple[re.Pattern[str], Line]]]:
-        found: dict[str, list[tuple[re.Pattern[str], Line]]] = {}
+    def _by_native(self) -> dict[str, list[Line]]:
+        found: dict[str, list[Line]] = {}
         for line in self.lines:
-            found.setdefault(_folded(line.native), []).append((_compiled(line.native), line))
+            found.setdefault(_folded(line.native), []).append(line)
         return found
 
     @cached_property
-    def _by_other(self) -> dict[str, list[tuple[re.Pattern[str], str]]]:
-        found: dict[str, list[tuple[re.Pattern[str], str]]] = {}
+    def _by_other(self) -> dict[str, list[tuple[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
         for line in self.lines:
             for name in (name for choice in line.choices for name in choice):
-                entry = (_compiled(name.pattern), line.native)
-                found.setdefault(_folded(name.pattern), []).append(entry)
+                found.setdefault(_folded(name.pattern), []).append((name.pattern, line.native))
         return found
 
     def choices(self, native: str) -> Iterator[tuple[tuple[str, Name], ...]]:
         """The choices of names, in full, that the native tensor has."""
         for stem, end in _stems(native):
-            for pattern, line in self._by_native.get(_folded(stem), ()):
-                found = pattern.fullmatch(stem)
+            for line in self._by_native.get(_folded(stem), ()):
+                found = _compiled(line.native).fullmatch(stem)
                 if found is not None:
                     for choice in line.choices:
                         yield tuple((_filled(n.pattern, found) + end, n) for n in choice)
@@ -169,7 +168,7 @@ class Dialect:
         found: dict[str, None] = {}
         for stem, end in _stems(other):
             for pattern, native in self._by_other.get(_folded(stem), ()):
-                match = pattern.fullmatch(stem)
+                match = _compiled(pattern).fullmatch(stem)
                 if match is not None:
                     found[_filled(native, match) + end] = None
         return list(found)
@@ -351,7 +350,9 @@ def _folded(name: str) -> str:
     )
 
 
+@cache
 def _compiled(pattern: str) -> re.Pattern[str]:
+    # When first asked for: most lines of most families never are.
     return re.compile(re.escape(pattern).replace(r"\*", "([0-9]+)"))
 
 

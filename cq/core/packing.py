@@ -38,10 +38,12 @@ def pack_nibbles(codes: torch.Tensor, *, high_first: bool) -> torch.Tensor:
     import torch
 
     # A pair read as one little-endian 16-bit number: contiguous arithmetic, no strided slices.
-    pairs = codes.contiguous().view(torch.uint8).view(torch.int16)
-    even, odd = pairs & 0x0F, (pairs >> 8) & 0x0F
-    packed = (even << 4) | odd if high_first else (odd << 4) | even
-    return packed.to(torch.uint8)
+    # Codes that meet in the low byte need no more masks: the rest is cut off at the end.
+    pairs = codes.contiguous().view(torch.uint8).view(torch.int16) & 0x0F0F
+    shifted = pairs >> (8 if high_first else 4)
+    if high_first:
+        pairs.bitwise_left_shift_(4)
+    return shifted.bitwise_or_(pairs).to(torch.uint8)
 
 
 def unpack_nibbles(packed: torch.Tensor, *, high_first: bool) -> torch.Tensor:

@@ -38,7 +38,7 @@ _GROUP = 64
 _LOWEST, _HIGHEST = -8, 7  # codes less 8
 _STEPS = 15
 _SMALLEST = 1e-30  # stands in for a scale of 0, where all of a group is its zero
-_CHUNK = 1 << 18  # weights that are searched together, so that they stay in a core's cache
+_CHUNK = 1 << 19  # weights that are searched together; less is slower by what each operation costs
 _BINS = 512
 # Shares of a group's range that are cut off at its ends, each tried at the low and the high end.
 # The refit after the choice makes up for coarse steps.
@@ -76,9 +76,7 @@ class ZeroedGrid:
         Both are rounded to the stored dtype, the zero after the scale and for it. Shapes:
         `(rows, K/64)`, twice.
         """
-        groups = weight.reshape(weight.shape[0], -1, _GROUP)
-        low, high = groups.amin(-1), groups.amax(-1)
-        scale, zero = self._stored(low, high - low)
+        scale, zero = self._stored(*_reach(weight))
         return {"scale": scale, "zero": zero}
 
     def search(
@@ -91,16 +89,15 @@ class ZeroedGrid:
         The result replaces the plain scale and zero where its error, measured exactly and with
         stored numbers, is smaller.
         """
-        import torch
 
-        scales = self.scales(weight, shared)
-        given = (scales["scale"], scales["zero"])
-        scale, zero = torch.empty_like(given[0]), torch.empty_like(given[1])
-        for part, *plain, scale_out, zero_out in in_chunks(_CHUNK, weight, *given, scale, zero):
-            best = self._search(part.contiguous(), plain[0], plain[1], importance)
-            scale_out.copy_(best[0])
-            zero_out.copy_(best[1])
-        return {"scale": scale, "zero": zero}
+        found = weight.new_empty(
+            2, weight.shape[0], weight.shape[1] // _GROUP, dtype=torch_dtype(self.dtype)
+        )
+        for part, scale, zero in in_chunks(_CHUNK, weight, *found):
+            best = self._search(part.contiguous(), importance)
+            scale.copy_(best[0])
+            zero.copy_(best[1])
+        return {"scale": found[0], "zero": found[1]}
 
     def nearest(self, weight: torch.Tensor, scales: Scales) -> torch.Tensor:
         """Codes 0 to 15 as int8."""
@@ -132,17 +129,15 @@ class ZeroedGrid:
     def _search(
         self,
         weight: torch.Tensor,
-        scale: torch.Tensor,
-        zero: torch.Tensor,
         importance: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The better of the plain and the refitted best candidate, group by group."""
         import torch
 
+        low, extent = _reach(weight)
+        scale, zero = self._stored(low, extent)
         groups = weight.view(*scale.shape, _GROUP)
         share = None if importance is None else importance.view(-1, _GROUP)
-        low = groups.amin(-1)
-        extent = groups.amax(-1) - low
         offsets = groups - low[..., None]
         best = _promising(offsets, extent, share)
         cuts = tables.on(weight.device, _cuts)[best].view(*scale.shape, 2)
@@ -172,6 +167,13 @@ class ZeroedGrid:
         square = (weighted * codes).sum(-1) - mean_code.square() * total
         scale = torch.where(square > 0, product / square, 0).to(dtype)
         return scale, (low + mean - scale.float() * mean_code).to(dtype)
+
+
+def _reach(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest weight of each group, and how far above it the highest is."""
+    groups = weight.reshape(weight.shape[0], -1, _GROUP)
+    low = groups.amin(-1)
+    return low, groups.amax(-1) - low
 
 
 def _codes(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:

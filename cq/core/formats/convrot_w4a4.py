@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _LEVELS = 7
 _SMALLEST_ABSMAX = 1e-10  # comfy-kitchen's floor, so that an all-zero row divides by something
 _MULTIPLE = 64  # columns that the 4-bit matrix product takes at a time
-_CHUNK = 1 << 18  # weights that are searched together, so that they stay in a core's cache
+_CHUNK = 1 << 19  # weights that are searched together; less is slower by what each operation costs
 _BINS = 512
 # Shares of the row's largest weight that level 7 may stand for. Steps of 4 per cent: the refit
 # after the choice is finer than any steps.

@@ -44,6 +44,7 @@ _LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 _EXPONENT = 0x7F800000  # of a float32
 _ONE, _FOUR = 0x3F800000, 0x40800000  # 1.0 and 4.0 as bits: the exponents of E2M1 are 1, 2 and 4
+_EVEN = -2 * (127 + 22) % 8  # even, so that ties stay ties
 
 # The search: E4M3 codes around the plain scale's, by their distance. From 0.8 times the scale to
 # 1.5 times it and beyond, where a block's largest weight becomes a 4 rather than a 6; wider bounds
@@ -189,18 +190,18 @@ def _encode(work: list[torch.Tensor], out: torch.Tensor) -> None:
 
     E2M1 numbers of the exponent e (1, 2 or 4; 1 also below 1) are multiples of e/2. Added to e x
     2**22, whose last bit is worth e/2, a ratio is rounded to them, ties to even, by the addition
-    itself, and the difference of the sum's bits counts the multiples. With each exponent the code
-    of the same count grows by two.
+    itself, and the last bits of the sum count the multiples. With each exponent the code of the
+    same count grows by two; `_EVEN` multiples more make codes of the last three bits.
     """
     import torch
 
     ratio = work[0]
     bits, sign, exponent = (tensor.view(torch.int32) for tensor in work)
-    torch.bitwise_right_shift(bits, 28, out=sign).bitwise_and_(8)
-    torch.bitwise_and(bits, _EXPONENT, out=exponent).clamp_(_ONE, _FOUR).add_(22 << 23)
+    torch.bitwise_right_shift(bits, 31, out=sign)
+    torch.bitwise_and(bits, _EXPONENT, out=exponent).clamp_(_ONE, _FOUR).add_((22 << 23) + _EVEN)
     ratio.abs_().clamp_(max=_LARGEST).add_(exponent.view(torch.float32))
-    bits.sub_(exponent).add_(exponent.bitwise_right_shift_(22)).sub_(2 * (127 + 22))
-    out.copy_(bits.bitwise_or_(sign))
+    bits.add_(exponent.bitwise_right_shift_(22)).bitwise_and_(7)
+    out.copy_(bits.sub_(sign, alpha=8))  # the sign is -1 or 0
 
 
 def _best(
