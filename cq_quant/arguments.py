@@ -50,6 +50,16 @@ def seed_of(value: Any) -> int:
     return value
 
 
+def see_bf16_used(asked: bool, guided: Sequence[str]) -> None:
+    """Raises: UsageError if bfloat16 is asked for and the rounding of no layer is guided."""
+    if asked and not guided:
+        raise UsageError(
+            "`--bf16-compute on` is of products that only rounding by a calibration takes",
+            hint="add `--calibration FILE` and an optimizer that takes one, or leave it out",
+            code="usage.bf16",
+        )
+
+
 def _loras(value: Any) -> tuple[LoraFile, ...]:
     if not isinstance(value, list):
         raise _ill_typed("calibration_loras", value)
@@ -62,11 +72,18 @@ def _calibration(value: Any) -> CalibrationFile:
     return opened_calibration(value)
 
 
+def _bf16(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _ill_typed("bf16", value)
+    return value
+
+
 GUIDING: dict[str, Callable[[Any], Any]] = {
     "calibration": _calibration,
     "calibration_loras": _loras,
     "settings": settings_of,
     "seed": seed_of,
+    "bf16": _bf16,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -87,6 +87,13 @@ _Settings = Annotated[
 _Seed = Annotated[
     int, typer.Option("--seed", metavar="N", help="Of what an optimizer draws.", min=0)
 ]
+_Bf16 = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option(
+        "--bf16-compute",
+        help="Products of rounding by a calibration in bfloat16; auto: if --device names a GPU.",
+    ),
+]
 _NativeNames = Annotated[
     bool,
     typer.Option("--native-names", help="Give layers named as in diffusers the model's own names."),
@@ -167,6 +174,7 @@ def register(app: typer.Typer) -> None:
         calibration_lora: _CalibrationLora = None,
         settings: _Settings = None,
         seed: _Seed = 0,
+        bf16_compute: _Bf16 = "auto",
         input_scales: _InputScales = None,
         bias_correction: _BiasCorrection = False,
         smoothquant: _SmoothQuant = None,
@@ -177,6 +185,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
         force: options.Force = False,
         restart: options.Restart = False,
+        max_shard_size: options.MaxShardSize = None,
         dry_run: options.DryRun = False,
         workers: options.Workers = None,
         memory_limit: options.MemoryLimit = None,
@@ -203,6 +212,7 @@ def register(app: typer.Typer) -> None:
         from cq.core.native import NativeNames
         from cq_quant.guidance import parse_setting
         from cq_quant.stage import quantize
+        from cq_quant.where import in_bf16
 
         if defer and output is not None:
             raise UsageError("`--defer` writes no file, so it takes no `-o`")
@@ -227,6 +237,7 @@ def register(app: typer.Typer) -> None:
             calibration_loras=calibration_lora or (),
             settings=dict(map(parse_setting, settings or ())),
             seed=seed,
+            bf16=in_bf16(bf16_compute, device, calibrated=calibration is not None),
             input_scales=input_scales,
             bias_correction=bias_correction,
             smoothquant=smoothquant,
@@ -243,6 +254,7 @@ def register(app: typer.Typer) -> None:
                 named=named,
                 force=force,
                 restart=restart,
+                max_shard_size=options.parse_size(max_shard_size),
                 dry_run=dry_run,
                 workers=workers,
                 memory_limit=limit,

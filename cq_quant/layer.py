@@ -19,6 +19,7 @@ from cq.core.formats import Format, first_release
 from cq.core.rounding import Fit, stored_tensors
 from cq.core.source import cuts, largest_cut
 from cq.core.stored import Stored
+from cq.core.streaming import Work
 from cq_quant.beside import Beside
 from cq_quant.guidance import Guide
 from cq_quant.optimizers import Optimizer, Rounded, Task
@@ -38,7 +39,7 @@ _AT_RUN_TIME = frozenset({"full_precision_matrix_mult", "orig_dtype"})
 class LayerPlan:
     """How one tensor is stored: the plugs and their settings, resolved. `group` is the rotation
     group; `search` asks for scales of least error; `options` are the numbers that a user set of the
-    optimizer."""
+    optimizer, `bf16` asks for its products in bfloat16."""
 
     format: Format
     scaling: str
@@ -47,6 +48,7 @@ class LayerPlan:
     search: bool
     options: Mapping[str, float] = field(default_factory=dict, hash=False)
     seed: int = 0
+    bf16: bool = False
 
 
 @dataclass(frozen=True, eq=False)  # no slots: what follows from the fields is found once
@@ -119,6 +121,11 @@ class Kind:
             return None
         grid = self.plan.format.grid(self.matrix, self.plan.scaling)
         return None if grid is None else _BYTES_ROWS + _BYTES_CODES + grid.nbytes_work
+
+    @cached_property
+    def works(self) -> dict[tuple[int, int], Work]:
+        """What `cq_quant.where.taken` has found already, by its arguments."""
+        return {}
 
     @property
     def nbytes_rotation(self) -> int:
@@ -354,6 +361,7 @@ class Layer:
             options=plan.options,
             seed=plan.seed,
             device=at.staging.device,
+            bf16=plan.bf16,
         )
         if guide is not None and tell is not None:
             moment, held = guide.moments(plan.group, multiplier)

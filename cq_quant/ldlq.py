@@ -34,7 +34,8 @@ class Factors:
     """What rounding needs of a second moment, in the order of rounding.
 
     `order` `(N,)` names the columns; `sketch` `(r, N)` is X in that order, `pull` `(r, N)` is
-    G⁻¹ X_b C⁻¹ of each block, `feed` `(N, BLOCK)` the blocks' -U⁻ᵀ below the diagonal.
+    G⁻¹ X_b C⁻¹ of each block, `feed` `(N, BLOCK)` the blocks' -U⁻ᵀ below the diagonal. Products
+    with `sketch` and `pull` are taken in their dtype.
     """
 
     order: torch.Tensor
@@ -50,12 +51,14 @@ def factors(
     *,
     block: int = BLOCK,
     dtype: torch.dtype | None = None,
+    products: torch.dtype | None = None,
 ) -> Factors:
     """The factors of H = diag(rest) + sketchᵀ sketch; `rest` must be positive.
 
     Columns come in the order of H's diagonal, largest first: what weighs most is rounded while most
     can still make up for it. Blocks are taken from the last to the first, so that G grows by what
-    is positive and nothing cancels. r x r matrices are float64, the results `dtype` (float32).
+    is positive and nothing cancels. r x r matrices are float64, the results `dtype` (float32),
+    `sketch` and `pull` `products` (as `dtype`).
 
     Shapes: `rest` `(N,)`, `sketch` `(r, N)`.
     """
@@ -83,7 +86,10 @@ def factors(
         back = torch.linalg.solve_triangular(unit, whole, upper=True, unitriangular=True)
         feed[start:stop, : stop - start] = back.T.neg_().tril_(-1)
         free.addmm_(own / weight[start:stop], own.T)
-    return Factors(order=order, sketch=x, pull=pull, feed=feed, block=block)
+    products = products or dtype
+    return Factors(
+        order=order, sketch=x.to(products), pull=pull.to(products), feed=feed, block=block
+    )
 
 
 def round_rows(weight: torch.Tensor, grid: Grid, scales: Scales, given: Factors) -> torch.Tensor:
@@ -100,12 +106,19 @@ def round_rows(weight: torch.Tensor, grid: Grid, scales: Scales, given: Factors)
         chosen = given.order[start : start + given.block]
         span = slice(start, start + chosen.shape[0])
         own = turned.index_select(0, chosen)
-        target = torch.addmm(own, given.pull[:, span].T, error)
+        target = _added(own.clone(), given.pull[:, span].T, error)
         levels = torch.empty_like(own)
         _round_block(target, levels, given.feed[span], grid.of_columns(scales, chosen))
-        error.addmm_(given.sketch[:, span], own.sub_(levels))
+        _added(error, given.sketch[:, span], own.sub_(levels))
         turned.index_copy_(0, chosen, levels)
     return turned.T.contiguous()
+
+
+def _added(sum: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`sum` plus the product, in place; the product in the dtype of `left`, the sum in its own."""
+    if left.dtype == sum.dtype:
+        return sum.addmm_(left, right)
+    return sum.add_(left @ right.to(left.dtype))
 
 
 def descend(

@@ -124,6 +124,7 @@ class Resolver:
             search=self._stage.scale_search,
             options={} if optimizer is None else settings_of(optimizer, self._stage.settings),
             seed=self._stage.seed,
+            bf16=self._stage.bf16,
         )
         return Kind(weight, plan, asked)
 

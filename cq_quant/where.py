@@ -17,12 +17,18 @@ from cq.core.engine.staging import Staging
 from cq.core.grid import Grid, Scales
 from cq.core.rounding import Fit
 from cq.core.source import largest_cut
-from cq.core.streaming import CPU, Placement, Work, claimed
+from cq.core.streaming import CPU, DTYPE, Placement, Work, claimed
 
 if TYPE_CHECKING:
     import torch
 
     from cq_quant.layer import Kind
+
+
+def in_bf16(word: str, device: str, *, calibrated: bool) -> bool:
+    """What `--bf16-compute` `auto`, `on` or `off` means: settled in the plan, since it changes
+    codes. `auto` is on where a GPU is asked for by its name, which has units for such products."""
+    return word == "on" or (word == "auto" and calibrated and device.startswith("cuda"))
 
 
 def taken(
@@ -31,6 +37,9 @@ def taken(
     """What a layer of the `kind` takes, as far as its rows can be cut, with so many directions of
     moments, sources that hold `nbytes_source`, and what stands `beside` so many weights that are
     rounded together. None if its format takes the whole weight."""
+    key = rank, nbytes_source
+    if beside is None and key in kind.works:
+        return kind.works[key]
     optimizer = kind.plan.optimizer
     nbytes_weight = kind.nbytes_weight
     if optimizer is None or nbytes_weight is None:
@@ -41,7 +50,7 @@ def taken(
         for weights in (cut, 2 * cut)
     )
     rounding = -((once - twice) // cut)  # for each weight, rounded up
-    return Work(
+    work = Work(
         weights=kind.matrix.numel,
         cut=cut,
         usual=kind.together(rank),
@@ -50,7 +59,11 @@ def taken(
         nbytes_fixed=kind.nbytes_beside + kind.nbytes_rotation + once - rounding * cut,
         nbytes_weight=nbytes_weight + rounding,
         nbytes_staged=-(-DTYPES[kind.weight.dtype].bits // 8),
+        dtype="bfloat16" if kind.plan.bf16 and optimizer.calibrates and rank else DTYPE,
     )
+    if beside is None:
+        kind.works[key] = work
+    return work
 
 
 class Where(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from bench import bench as command
 from bench.jobs import FORMATS, JOBS, STARTUP, YARDSTICK, chosen
 from bench.measuring import Bench, Model, Sample
-from bench.quality import GAUSSIAN, HEAVY, Measured, aims, nvfp4_bound, sqnr, synthetic
+from bench.quality import GAUSSIAN, HEAVY, REAL_HEAVY, Measured, aims, nvfp4_bound, sqnr, synthetic
 from bench.rendering import to_json, to_markdown
 from cq.core import catalog
 from tests.golden import kitchen
@@ -115,11 +115,11 @@ def test_nvfp4_bound_is_above_kitchen_and_reached_by_what_needs_one_scale() -> N
 
 
 def test_aims_are_missed_where_they_are_missed() -> None:
-    def judged(gain: float) -> dict[str, str]:
+    def judged(gain: float, group: str = HEAVY, name: str = "convrot_w4a4") -> dict[str, str]:
         layers = [
             Measured(
-                format="convrot_w4a4",
-                group=HEAVY,
+                format=name,
+                group=group,
                 layer="a",
                 default=20 + gain,
                 plain=20.0,
@@ -131,6 +131,8 @@ def test_aims_are_missed_where_they_are_missed() -> None:
     assert set(judged(1.7).values()) == {"yes"}
     assert list(judged(1.5).values()) == ["yes", "yes", "**no**"]
     assert set(judged(-0.1).values()) == {"**no**"}
+    assert list(judged(1.21, REAL_HEAVY, "nvfp4").values()) == ["yes", "yes", "yes"]
+    assert list(judged(1.19, REAL_HEAVY, "nvfp4").values()) == ["yes", "yes", "**no**"]
 
 
 def test_synthetic_layers_are_the_same_each_time_and_as_heavy_as_they_say() -> None:

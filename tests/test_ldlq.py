@@ -77,6 +77,22 @@ def differing(left: torch.Tensor, right: torch.Tensor) -> int:
 
 
 @EVERY_GRID
+def test_products_in_bfloat16_change_codes_but_hardly_the_loss(name: str, scaling: str) -> None:
+    found = moment(512, 64)
+    weight = 0.02 * torch.randn(256, 512, generator=make.generator("bf16", name, scaling))
+    grid, scales = gridded(name, scaling, weight)
+    losses, levels = [], []
+    for products in (None, torch.bfloat16):
+        factors = ldlq.factors(found.rest, found.sketch, products=products)
+        levels.append(ldlq.round_rows(weight, grid, scales, factors))
+        losses.append(float(found.loss(levels[-1] - weight).double().sum()))
+    assert levels[1].dtype == torch.float32
+    assert 0.98 < losses[1] / losses[0] < 1.02
+    share = differing(*levels) / weight.numel()
+    assert 0 < share < 0.2
+
+
+@EVERY_GRID
 def test_levels_are_those_of_gptq_with_the_explicit_matrix(name: str, scaling: str) -> None:
     """In float64, in three blocks, the last of them not whole on grids that allow it; with weights
     that meet no tie of the oracle's float32, where either level is right."""

@@ -150,12 +150,13 @@ def test_learned_without_calibration_lowers_the_loss_that_it_states(name: str) -
     assert make.same(levels, again)
 
 
-def test_few_rows_are_damped_more() -> None:
+def test_the_fewer_the_rows_the_more_they_are_damped() -> None:
     from cq_quant.optimizers import _feedback
 
-    few, many = moment(inputs(100, 256)), moment(inputs(1024, 256))
-    assert _feedback.damping(few, {}) == _feedback.DAMP_FEW
-    assert _feedback.damping(many, {}) == _feedback.DAMP
+    few, usual, many = (moment(inputs(rows, 64)) for rows in (100, 256, 4096))
+    found = [_feedback.damping(each, {}) for each in (few, usual, many)]
+    assert found == [_feedback.DAMP_FEW, _feedback.DAMP, _feedback.DAMP_MANY]
+    assert found == sorted(found, reverse=True)
     assert _feedback.damping(few, {"damp": 0.7}) == 0.7
 
 
@@ -235,6 +236,50 @@ def test_workers_resuming_and_manifests_change_nothing(
     assert again == stage
     three = stored(again.apply(cq.open(directory / "model.safetensors")), tmp_path / "c")
     assert all(make.same(one[n], two[n]) and make.same(one[n], three[n]) for n in one)
+
+
+def test_bfloat16_stands_in_the_manifest_and_in_the_placements(
+    directory: Path, tmp_path: Path
+) -> None:
+    plain, narrow = quantized(directory), quantized(directory, bf16=True)
+    assert "bf16" not in plain.stages[-1].arguments()
+    again = QuantStage.from_arguments(json.loads(json.dumps(narrow.stages[-1].arguments())))
+    assert again == narrow.stages[-1]
+    dtypes = [part.work.dtype for part in narrow.parts if part.work is not None]
+    assert dtypes == ["bfloat16"] * 2
+    files = []
+    for name, model in (("plain", plain), ("narrow", narrow)):
+        cq.write(model, tmp_path / name)
+        files.append((tmp_path / name).read_bytes())
+    again_applied = again.apply(cq.open(directory / "model.safetensors"))
+    cq.write(again_applied, tmp_path / "again")
+    assert files[0] != files[1] == (tmp_path / "again").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"calibrated": False}, {"optimizer": "rtn", "bias_correction": True}]
+)
+def test_bfloat16_is_refused_where_nothing_is_guided(
+    settings: dict[str, Any], directory: Path
+) -> None:
+    with pytest.raises(UsageError, match="rounding by a calibration"):
+        quantized(directory, bf16=True, **settings)
+
+
+def test_bfloat16_is_chosen_for_a_gpu_that_is_named() -> None:
+    from cq_quant.where import in_bf16
+
+    found = {
+        (word, device): in_bf16(word, device, calibrated=True)
+        for word in ("auto", "on", "off")
+        for device in ("cpu", "auto", "cuda", "cuda:1")
+    }
+    assert {k for k, on in found.items() if on and k[0] != "on"} == {
+        ("auto", "cuda"),
+        ("auto", "cuda:1"),
+    }
+    assert all(found["on", device] for device in ("cpu", "auto", "cuda"))
+    assert not in_bf16("auto", "cuda", calibrated=False)
 
 
 def test_a_prefix_does_not_matter(directory: Path, tmp_path: Path) -> None:

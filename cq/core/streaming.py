@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 StreamingMode = Literal["auto", "off", "minimal", "balanced", "aggressive"]
 MODES: tuple[StreamingMode, ...] = get_args(StreamingMode)
 CPU = "cpu"
-DTYPE = "float32"  # of all rounding; docs/devices.md says why not bfloat16
+DTYPE = "float32"  # of all rounding, but for products that are asked for in bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Work:
     `gains` says that more together are less work on the CPU, too. `nbytes_host` are held on the
     host wherever it is computed (sources, what the writer holds); where it is computed
     `nbytes_fixed`, and `nbytes_weight` for each weight that is taken together; `nbytes_staged` for
-    each that is on its way to a device, as it was read.
+    each that is on its way to a device, as it was read. `dtype` is that of the largest products.
     """
 
     weights: int
@@ -38,6 +38,7 @@ class Work:
     nbytes_fixed: int
     nbytes_weight: int
     nbytes_staged: int
+    dtype: str = DTYPE
 
     @property
     def segments(self) -> int:
@@ -77,11 +78,13 @@ class Room:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Where a part is computed: `segments` row segments at a time, while up to `ahead` more are
-    read and copied; and the bytes that it takes there and on the host."""
+    read and copied; the dtype of its largest products, and the bytes that it takes there and on the
+    host."""
 
     device: str
     segments: int
     ahead: int = 0
+    dtype: str = DTYPE
     nbytes_host: int = 0
     nbytes_device: int = 0
 
@@ -89,7 +92,7 @@ class Placement:
         """As plain JSON."""
         return {
             "device": self.device,
-            "dtype": DTYPE,
+            "dtype": self.dtype,
             "segments": self.segments,
             "ahead": self.ahead,
             "nbytes_host": self.nbytes_host,
@@ -131,6 +134,7 @@ def placed(work: Work, mode: StreamingMode, room: Room) -> Placement:
                 device=room.device,
                 segments=segments,
                 ahead=ahead,
+                dtype=work.dtype,
                 nbytes_host=work.beside_device(segments, ahead),
                 nbytes_device=work.on_device(segments, ahead),
             )
@@ -139,6 +143,7 @@ def placed(work: Work, mode: StreamingMode, room: Room) -> Placement:
         device=CPU,
         segments=segments,
         ahead=0,
+        dtype=work.dtype,
         nbytes_host=work.on_cpu(segments),
         nbytes_device=0,
     )

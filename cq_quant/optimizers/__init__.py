@@ -48,8 +48,8 @@ class Rounded:
 class Task:
     """A layer to be rounded: its shape, its moment and that of inputs held back, both in the basis
     that is rounded in and None without calibration; the user's numbers by the options' names, the
-    seed, and its rows, which may be asked for again. Moments and rows are on `device`. `tell` takes
-    what became of rows."""
+    seed, and its rows, which may be asked for again. Moments and rows are on `device`. `bf16` asks
+    for products along sketches in bfloat16. `tell` takes what became of rows."""
 
     shape: tuple[int, int]
     rows: Callable[[], Iterator[torch.Tensor]]
@@ -58,6 +58,7 @@ class Task:
     options: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     device: str = "cpu"
+    bf16: bool = False
     tell: Callable[[Rounded], None] = lambda rounded: None
 
 

@@ -22,10 +22,10 @@ from cq_quant.optimizers.rtn import Rtn
 if TYPE_CHECKING:
     import torch
 
-# Of the diagonal's mean. Less than 0.05 gains nothing on the inputs recorded and moves the weights
-# more; few rows are mostly noise.
-DAMP, DAMP_FEW = 0.05, 0.3
-_FEW = 2  # rows for each input feature
+# Of the diagonal's mean. What is added hides the noise of an estimate, and keeps weights nearer to
+# what they were for inputs that were not recorded: many rows need less of it, few are mostly noise.
+DAMP_FEW, DAMP, DAMP_MANY = 0.3, 0.05, 0.01
+_FEW, _MANY = 2, 64  # rows for each input feature
 _TOGETHER = 1 << 24  # weights that are rounded together: steps cost less the more rows take them
 # A batch of rows as it was, turned, rounded, turned back and to nearest, and a difference
 _BYTES_BATCH = 6 * 4
@@ -33,7 +33,8 @@ _BYTES_SKETCH = 5 * 4 + 8  # as read, damped, ordered and pulled; float64 blocks
 
 DAMP_OPTION = Option(
     help="how much of the mean square input is added to each, so that noise is not fitted;"
-    f" by default {DAMP}, or {DAMP_FEW} with fewer rows than {_FEW} per input feature",
+    f" by default {DAMP}, {DAMP_FEW} with fewer rows than {_FEW} per input feature, and {DAMP_MANY}"
+    f" with {_MANY} or more",
     least=1e-6,
     most=1e6,
     default=None,
@@ -43,8 +44,9 @@ DAMP_OPTION = Option(
 
 def damping(moment: Moment, options: Mapping[str, float]) -> float:
     """The share of the mean that is added to the diagonal."""
-    few = moment.rows < _FEW * moment.rest.shape[0]
-    return options.get("damp", DAMP_FEW if few else DAMP)
+    each = moment.rows / moment.rest.shape[0]
+    usual = DAMP_FEW if each < _FEW else DAMP if each < _MANY else DAMP_MANY
+    return options.get("damp", usual)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +67,11 @@ class Feedback(Rtn):
         """Factors once, for all rows."""
         if task.moment is None:
             return self.fit
+        import torch
+
         moment = task.moment.damped(damping(task.moment, task.options))
-        given = ldlq.factors(moment.rest, moment.sketch)
+        products = torch.bfloat16 if task.bf16 else None
+        given = ldlq.factors(moment.rest, moment.sketch, products=products)
         importance = moment.diagonal()
 
         def fit(
