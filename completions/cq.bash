@@ -51,6 +51,7 @@ _cq() {
       merge:--map) words= files=1 ;;
       merge:--dtype) words='bf16 fp16 fp32' ;;
       merge:--output|merge:-o) words= files=1 ;;
+      merge:--max-shard-size) words= ;;
       merge:--workers) words= ;;
       merge:--memory-limit) words= ;;
       merge:--engine) words= ;;
@@ -68,9 +69,11 @@ _cq() {
       quant:--calibration-lora) words= ;;
       quant:--set) words= ;;
       quant:--seed) words= ;;
+      quant:--bf16-compute) words= ;;
       quant:--input-scales) words= ;;
       quant:--smoothquant) words= ;;
       quant:--output|quant:-o) words= files=1 ;;
+      quant:--max-shard-size) words= ;;
       quant:--workers) words= ;;
       quant:--memory-limit) words= ;;
       quant:--engine) words= ;;
@@ -80,6 +83,7 @@ _cq() {
       quant:--plugin) words= files=1 ;;
       run:--output|run:-o) words= files=1 ;;
       run:--shard) words= ;;
+      run:--max-shard-size) words= ;;
       run:--workers) words= ;;
       run:--memory-limit) words= ;;
       run:--engine) words= ;;
@@ -130,10 +134,10 @@ _cq() {
         analyze) words='--format --scaling --optimizer --rotate --family --recipe --only --skip --requantize --allow-custom-loader --deep --among --metric --sort --report --force --workers --memory-limit --json --plugin --quiet -q --debug --help' files=1 ;;
         completions) words='bash zsh fish --plugin --quiet -q --debug --help' ;;
         edit) words='--remove-keys --keep-keys --add-keys --replace --rename --set-quant --quant-filter --cast --migrate --prefer --save-quant-metadata --drop-quant-metadata --set-meta --remove-meta --extract-component --split-components --max-shard-size --unshard --in-place --allow-broken --output -o --force --restart --dry-run --workers --memory-limit --engine --json --plugin --quiet -q --debug --help' files=1 ;;
-        merge) words='--scale --dampen --no-dampen --method --density --seed --from --extract --rank --alpha --as-comfyui --map --allow-unmatched --dtype --keep-format --explain --output -o --force --restart --dry-run --workers --memory-limit --engine --json --plugin --quiet -q --debug --help' files=1 ;;
+        merge) words='--scale --dampen --no-dampen --method --density --seed --from --extract --rank --alpha --as-comfyui --map --allow-unmatched --dtype --keep-format --explain --output -o --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --json --plugin --quiet -q --debug --help' files=1 ;;
         plugins) words='--json --plugin --quiet -q --debug --help' ;;
-        quant) words='--format --scaling --optimizer --rotate --no-scale-search --scale-search --family --recipe --only --skip --requantize --allow-custom-loader --save-quant-metadata --native-names --calibration --calibration-lora --set --seed --input-scales --bias-correction --smoothquant --equalize --output -o --defer --force --restart --dry-run --workers --memory-limit --engine --device --streaming-mode --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
-        run) words='--output -o --shard --force --restart --dry-run --workers --memory-limit --engine --device --streaming-mode --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
+        quant) words='--format --scaling --optimizer --rotate --no-scale-search --scale-search --family --recipe --only --skip --requantize --allow-custom-loader --save-quant-metadata --native-names --calibration --calibration-lora --set --seed --bf16-compute --input-scales --bias-correction --smoothquant --equalize --output -o --defer --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --device --streaming-mode --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
+        run) words='--output -o --shard --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --device --streaming-mode --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
         template) words='--format --scaling --optimizer --rotate --family --recipe --only --skip --requantize --allow-custom-loader --budget --min-sqnr --among --workers --memory-limit --output -o --force --plugin --quiet -q --debug --help' files=1 ;;
         verify) words='--against --min-sqnr --max-error --header-only --calibration --max-output-error --base --fail-on --images --contact-sheet --min-psnr --comfyui --workflow --reference-name --model-name --prompts --sizes --batch-sizes --seeds --timeout --report --junit --force --workers --memory-limit --json --plugin --quiet -q --debug --help' files=1 ;;
       esac ;;

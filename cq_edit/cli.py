@@ -128,10 +128,7 @@ def register(app: typer.Typer) -> None:
             bool,
             typer.Option("--split-components", help="Write each model to a file in directory -o."),
         ] = False,
-        max_shard_size: Annotated[
-            str | None,
-            typer.Option("--max-shard-size", metavar="SIZE", help="Write files of at most SIZE."),
-        ] = None,
+        max_shard_size: options.MaxShardSize = None,
         unshard: Annotated[
             bool, typer.Option("--unshard", help="Make one file of several.")
         ] = False,
@@ -209,7 +206,7 @@ def register(app: typer.Typer) -> None:
             checkpoint,
             _named(asked, source),
             command="edit",
-            remarks=list(_remarks(checkpoint, asked)),
+            remarks=list(_remarks(checkpoint)),
             columns=_COLUMNS if edited and checkpoint.notes else (),
             rows=_rows(checkpoint.notes if edited else ()),
         )
@@ -305,15 +302,13 @@ def _make_directory(directory: Path) -> None:
         ) from error
 
 
-def _remarks(checkpoint: Checkpoint, asked: Delivery) -> Iterator[str]:
+def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
     edited = bool(checkpoint.stages) and checkpoint.stages[-1].name == "edit"
     counts = Counter(note["change"] for note in checkpoint.notes) if edited else Counter()
     if counts:
         yield ", ".join(f"{count} {_WORDS[what]}" for what, count in counts.items())
     elif edited:
         yield "there is nothing to change: all is as it is asked to be"
-    if asked.max_shard_size is not None:
-        yield "ComfyUI reads single files only; `cq edit --unshard` makes one of these again"
 
 
 def _rows(notes: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

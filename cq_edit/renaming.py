@@ -6,12 +6,12 @@ full names where no layer's name changes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cq.core import comfy, select
 from cq.core.errors import PlanError, UsageError
+from cq.core.expressions import Expression
 from cq.core.stored import is_owned
 from cq.core.text import printable
 from cq_edit.draft import Draft, Layer
@@ -19,11 +19,13 @@ from cq_edit.draft import Draft, Layer
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """A rule as it was written: what is sought, and what stands in its place."""
+    """A rule as it was written: what is sought, and what stands in its place; the `expression` that
+    is sought, if it is one."""
 
     text: str
     sought: str
     instead: str
+    expression: Expression | None
 
     @classmethod
     def parse(cls, text: str) -> Renaming:
@@ -45,22 +47,14 @@ class Renaming:
             f"{sought}{instead}".encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"`{printable(text)}` is not text") from error
-        if sought.startswith("re:"):
-            select.matcher(sought)
-        return cls(text, sought, instead)
+        expression = Expression(sought[3:]) if sought.startswith("re:") else None
+        return cls(text, sought, instead, expression)
 
     def new(self, name: str) -> str:
         """What `name`, a tensor's or a layer's, becomes. Raises: UsageError for a replacement that
-        speaks of a group which the expression does not have."""
-        if self.sought.startswith("re:"):
-            try:
-                return re.sub(self.sought[3:], self.instead, name)
-            except (re.error, IndexError) as error:
-                raise UsageError(
-                    f"`{printable(self.text)}` cannot be carried out: {error}",
-                    hint="`\\1` stands for the first group of the expression",
-                    code="usage.rename",
-                ) from error
+        speaks of a group that the expression does not have, or one that takes seconds."""
+        if self.expression is not None:
+            return self.expression.replaced(self.instead, name)
         if name == self.sought:
             return self.instead
         prefix = self.sought if self.sought.endswith(".") else self.sought + "."

@@ -87,12 +87,14 @@ class Beside:
             nbytes += 2 * source.part(name).nbytes_peak + 8 * 4 * source.specs[name].numel
         return nbytes
 
-    def begin(self, segments: Callable[[], Iterator[torch.Tensor]], group: int | None) -> Work:
+    def begin(
+        self, segments: Callable[[], Iterator[torch.Tensor]], group: int | None
+    ) -> Production:
         """The state of one production of the layer. Raises: InputError for weights not finite."""
-        return Work(self, segments, group)
+        return Production(self, segments, group)
 
 
-class Work:
+class Production:
     """One production: the segments that are rounded, and what goes with them."""
 
     def __init__(

@@ -282,22 +282,20 @@ def quantize(
     `scaling` None is the format's default, `optimizer` None is `quip` where the format stores
     rotated weights and `rtn` elsewhere. `rotate` is `auto` (as the optimizer works), `off`, or the
     largest ConvRot group; a layer whose K it does not divide takes the next smaller one, or none.
-    `scale_search` chooses scales of least error where that pays, rather than the largest weight's.
-    `family` is `auto` (found by names and shapes), `none`, or a family's name; it says which layers
-    keep their precision. `recipe` is a file or rules for single layers; `only` and `skip` are
-    patterns over layer names, in `only` also `PATTERN=FORMAT`. A format that is a plain dtype
-    applies to all tensors and undoes a quantization; with `requantize` quantized layers are
-    dequantized first where they are stored anew, the others stay as they are. With
-    `save_quant_metadata` the markers stand in the header as well, with `native_names` a checkpoint
-    with the layer names of diffusers gets the model's own first.
+    `scale_search` chooses scales of least error where that pays. `family` is `auto` (found by names
+    and shapes), `none`, or a family's name; it says which layers keep their precision. `recipe` is
+    a file or rules for single layers; `only` and `skip` are patterns over layer names, in `only`
+    also `PATTERN=FORMAT`. A format that is a plain dtype applies to all tensors and undoes a
+    quantization; with `requantize` quantized layers are dequantized first where they are stored
+    anew. With `save_quant_metadata` the markers stand in the header as well, with `native_names` a
+    checkpoint with the layer names of diffusers gets the model's own first.
 
     `calibration` is a file of `cq.calibration.Recorder`, by which optimizers round for the outputs
-    of layers; layers that it has not are rounded to nearest, as all are without one. The optimizer
-    None is then `gptq` where it would be `rtn`. `calibration_loras` are LoRAs, as paths or
-    `path:weight`, whose down-projections count as directions of inputs. `settings` are numbers by
-    `optimizer.name`, such as `{"quip.damp": 0.1}`; `seed` is for what an optimizer draws. `bf16`
-    takes the largest products of rounding by a calibration in bfloat16, which some devices do
-    faster; single codes then come out one step away.
+    of layers; layers that it has not are rounded to nearest. The optimizer None is then `gptq`
+    where it would be `rtn`. `calibration_loras` are LoRAs, as paths or `path:weight`, whose
+    down-projections count as directions of inputs. `settings` are numbers by `optimizer.name`, such
+    as `{"quip.damp": 0.1}`; `seed` is for what an optimizer draws. `bf16` takes the largest
+    products of rounding by a calibration in bfloat16; single codes then come out a step away.
 
     By the calibration, too: `input_scales` `absmax` stores what a runtime divides inputs by,
     `bias_correction` gives biases the mean error of outputs, `equalize` folds factors that even out

@@ -29,7 +29,7 @@ from test_optimizers import LAYER, OTHER, inputs, moment, quantized
 
 import cq
 from cq.cli.main import run
-from cq.cli.output import Terminal
+from cq.cli.output import Terminal, size
 from cq.core import calibration as files
 from cq.core import catalog, tables
 from cq.core.checkpoint import Part, Piece
@@ -272,6 +272,28 @@ def test_a_layer_over_the_budget_is_cut_until_it_fits(
     with pytest.raises(ResourceError, match="needs") as refused:
         cq.write(model, tmp_path / "less", memory_limit=least, streaming_mode="off")
     assert "--streaming-mode auto" in str(refused.value.hint)
+
+
+def test_a_plan_tells_the_memory_that_the_work_will_take(directory: Path, tmp_path: Path) -> None:
+    """Cut as the limit asks for, and all workers together where that is less."""
+    make.save(tmp_path / "m.safetensors", {f"{LAYER}.weight": make.weight(20000, 256)})
+    part = quantized(directory, str(tmp_path / "m"), optimizer="gptq").part(f"{LAYER}.weight")
+    assert part.work is not None
+    words = ("quant", tmp_path / "m.safetensors", "--only", "*", "--workers", "4", "--dry-run")
+    given = ("--calibration", directory / "calib.safetensors", "--optimizer", "gptq")
+
+    def told(limit: int, *more: str) -> str:
+        asked = command(*words, *given, "--memory-limit", f"{limit}B", *more)
+        assert asked.code == 0, asked.err
+        return asked.out.strip().splitlines()[-1]
+
+    least, usual = part.work.on_cpu(1), part.nbytes_peak
+    plenty, little = told(100 * usual), told(least)
+    assert plenty.endswith(f"memory: torch, and up to {size(usual)} for each worker")
+    each = f"up to {size(least)} for each worker"
+    assert little.endswith(f"memory: torch, and {each}, {size(least)} for all together")
+    peaks = [json.loads(told(limit, "--json"))["nbytes_peak"] for limit in (100 * usual, least)]
+    assert peaks == [usual, least]
 
 
 def test_a_part_inside_another_claims_nothing_of_its_placement(

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import make
@@ -18,7 +18,7 @@ import cq_quant
 from cq.core import source
 from cq.core.checkpoint import Part, Piece
 from cq.core.dtypes import TensorSpec
-from cq.core.engine import local, memory
+from cq.core.engine import groups, local, memory
 from cq.core.engine.local import Job, Progress, Settings, checked, run
 from cq.core.errors import InternalError, ResourceError
 
@@ -128,9 +128,136 @@ def test_engine_refuses_a_part_over_the_limit_before_any_work(tmp_path: Path) ->
 
 
 def test_default_memory_limit_is_sane() -> None:
-    assert memory.default_limit() >= 256 << 20
+    assert memory.default_limit() >= 64 << 20
     assert memory.free() > 0
     assert local.default_workers() >= 1
+
+
+MIB = 1 << 20
+GROUPS = {
+    "no groups": ({}, None),
+    "version 2": (
+        {"/proc/self/cgroup": "0::/a/b\n", "memory.max@a/b": 600, "memory.current@a/b": 100},
+        500,
+    ),
+    "version 2, no bound": ({"/proc/self/cgroup": "0::/a\n", "memory.max@a": "max"}, None),
+    "version 2, bound by the one around it": (
+        {
+            "/proc/self/cgroup": "0::/a/b\n",
+            **{"memory.max@a/b": 900, "memory.current@a/b": 100},
+            **{"memory.max@a": 800, "memory.current@a": 700},
+        },
+        100,
+    ),
+    "version 2, throttled": (
+        {"/proc/self/cgroup": "0::/a\n", "memory.max@a": "max", "memory.high@a": 300},
+        300,
+    ),
+    "version 2 in a container, whose own group is the root": (
+        {"/proc/self/cgroup": "0::/\n", "memory.max@": 700, "memory.current@": 50},
+        650,
+    ),
+    "version 2 behind a namespace": ({"/proc/self/cgroup": "0::/../c\n", "memory.max@": 70}, 70),
+    "version 2, files in the page cache": (
+        {
+            "/proc/self/cgroup": "0::/a\n",
+            **{"memory.max@a": 600, "memory.current@a": 590},
+            "memory.stat@a": f"anon {90 * MIB}\nactive_file {300 * MIB}\n"
+            f"inactive_file {200 * MIB}\n",
+        },
+        510,
+    ),
+    "version 2, more than all is used": (
+        {"/proc/self/cgroup": "0::/a\n", "memory.max@a": 600, "memory.current@a": 601},
+        0,
+    ),
+    "version 1": (
+        {
+            "/proc/self/cgroup": "5:cpu,memory:/a\n0::/a\n",
+            **{"memory.limit_in_bytes@memory/a": 600, "memory.usage_in_bytes@memory/a": 300},
+            "memory.stat@memory/a": f"inactive_file 1\ntotal_inactive_file {100 * MIB}\n",
+        },
+        400,
+    ),
+    "version 1 in a container": (
+        {"/proc/self/cgroup": "9:memory:/docker/0f\n", "memory.limit_in_bytes@memory": 500},
+        500,
+    ),
+    "version 1, no bound": (
+        {"/proc/self/cgroup": "9:memory:/\n", "memory.limit_in_bytes@memory": 1 << 43},
+        1 << 43,
+    ),
+    "no numbers": (
+        {
+            "/proc/self/cgroup": "9:memory:/a\n0::\nnonsense\n::\n",
+            **{"memory.limit_in_bytes@memory/a": "-1", "memory.max@": "\xff"},
+        },
+        None,
+    ),
+}
+
+
+def machine(root: Path, files: Mapping[str, object]) -> Path:
+    """A made-up `/` with these files: `NAME@GROUP` of a group, numbers in MiB."""
+    for name, value in files.items():
+        own, _, group = name.partition("@")
+        path = root / (own.lstrip("/") if name.startswith("/") else f"sys/fs/cgroup/{group}/{own}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(str(value * MIB if isinstance(value, int) else value).encode("latin-1"))
+    return root
+
+
+@pytest.mark.parametrize(("files", "expected"), GROUPS.values(), ids=GROUPS)
+def test_control_groups_leave_what_the_tightest_of_them_leaves(
+    files: Mapping[str, object], expected: int | None, tmp_path: Path
+) -> None:
+    root = machine(tmp_path, files)
+    left = groups.memory_left(root)
+    assert left == (None if expected is None else expected * MIB)
+    machine(root, {"/proc/meminfo": f"MemTotal: 1 kB\nMemAvailable:   {1 << 30} kB\n"})
+    assert memory.free(root) == ((1 << 40) if left is None else min(left, 1 << 40))
+
+
+@pytest.mark.parametrize(("bound", "limit"), [(8300, 4000), (700, 256), (500, 200), (310, 64)])
+def test_default_memory_limit_is_half_of_what_a_container_has_beyond_torch(
+    bound: int, limit: int, tmp_path: Path
+) -> None:
+    root = machine(tmp_path, {"/proc/self/cgroup": "0::/\n", "memory.max@": bound})
+    machine(root, {"/proc/meminfo": f"MemAvailable: {1 << 30} kB\n"})
+    assert memory.default_limit(root) == limit * MIB
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"/proc/self/cgroup": "0::/a", "cpu.max@a": "max 100000"}, None),
+        ({"/proc/self/cgroup": "0::/a", "cpu.max@a": "150000 100000"}, 2),
+        ({"/proc/self/cgroup": "0::/a/b", "cpu.max@a": "50000 100000", "cpu.max@a/b": "8 1"}, 1),
+        (
+            {
+                "/proc/self/cgroup": "2:cpuacct,cpu:/a",
+                "cpu.cfs_quota_us@cpu/a": "400000",
+                "cpu.cfs_period_us@cpu/a": "100000",
+            },
+            4,
+        ),
+        ({"/proc/self/cgroup": "2:cpu:/a", "cpu.cfs_quota_us@cpu/a": "-1"}, None),
+        ({"/proc/self/cgroup": "0::/a", "cpu.max@a": "0 0"}, None),
+    ],
+)
+def test_control_groups_bound_the_workers(
+    files: Mapping[str, object],
+    expected: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = groups.cores(machine(tmp_path, files))
+    assert found == expected
+    monkeypatch.setattr(groups, "cores", lambda: found)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(local.sys, "platform", "linux")
+    assert local.default_workers() == min(3, expected or 3)
 
 
 # Bytes ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ hundreds of strikes is `make faults`.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import random
 import shutil
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 import torch
 
 import cq
+import cq_quant
 from bench import faults
 from bench import memory as measured
 from cq.cli import options
@@ -147,16 +149,20 @@ def stopped(big_model: Path, tmp_path: Path) -> Any:
     """A run that has begun to write and stands still, of a source that is its own."""
     source = tmp_path / "source.safetensors"
     source.write_bytes(big_model.read_bytes())
+    yield from begun(source, tmp_path, tmp_path / "out.st.partial.journal", "-o", "out.st")
+
+
+def begun(source: Path, place: Path, journal: Path, *words: str) -> Iterator[Any]:
+    """A run in `place` that has noted two parts in `journal` and was stopped; and its source."""
     process = subprocess.Popen(
-        [*CQ, "quant", str(source), "-o", "out.st", "--workers", "1"],
-        cwd=tmp_path,
+        [*CQ, "quant", str(source), "--workers", "1", *words],
+        cwd=place,
         env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    journal = tmp_path / "out.st.partial.journal"
     deadline = time.monotonic() + TIMEOUT
     while not journal.exists() or journal.read_bytes().count(b"done ") < 2:
         assert time.monotonic() < deadline
@@ -190,6 +196,117 @@ def test_source_that_changes_under_a_run_is_one_error_and_leaves_nothing(
     assert err.count("error:") == 1
     assert word in err
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.slow
+def test_directory_that_is_removed_under_a_run_is_one_error(
+    big_model: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    for process, _ in begun(big_model, place, place / "out.st.partial.journal", "-o", "out.st"):
+        shutil.rmtree(place)
+        process.send_signal(signal.SIGCONT)
+        told, err = process.communicate(timeout=TIMEOUT)
+        assert (process.returncode, told) == (5, ""), err
+        assert err.count("error:") == 1
+        assert "error: cannot write `out.st`: no such file or directory" in err
+        assert list(tmp_path.iterdir()) == []
+
+
+# Places that take nothing -------------------------------------------------------------------------
+
+# A real process for which a directory is read-only, as no permission is for root.
+READ_ONLY = """
+import errno, os, sys
+place = os.path.realpath(sys.argv.pop(1)) + os.sep
+opened = os.open
+def refused(call):
+    def around(path, *words, **more):
+        writes = call is not opened or words[0] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes and os.path.realpath(path).startswith(place):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return call(path, *words, **more)
+    return around
+for name in ("open", "mkdir", "unlink", "rename", "replace", "rmdir"):
+    setattr(os, name, refused(getattr(os, name)))
+from cq.cli.entry import main
+main()
+"""
+OUTPUTS = {
+    "quant": ("quant", "b.safetensors", "-o", "{}/o.st"),
+    "merge": ("merge", "b.safetensors", "b.safetensors:0.5", "-o", "{}/o.st"),
+    "edit": ("edit", "b.safetensors", "--remove-keys", "step", "-o", "{}/o.st"),
+    "run": ("run", "plan.json", "-o", "{}/o.st"),
+    "share": ("run", "plan.json", "-o", "{}/o.st", "--shard", "1/2"),
+    "shards": ("run", "plan.json", "-o", "{}/o.safetensors", "--max-shard-size", "50kB"),
+    "report": ("analyze", "b.safetensors", "--deep", "--report", "{}/r.html"),
+    "junit": ("verify", "b.safetensors", "--junit", "{}/v.xml"),
+}
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with a model and a plan."""
+    monkeypatch.chdir(tmp_path)
+    base = make.save(tmp_path / "b.safetensors", make.model(blocks=1))
+    plan = cq_quant.quantize(cq.open(base), format="float8_e4m3fn").manifest()
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [OUTPUTS[name] for name in ("merge", "run", "share", "shards")])
+def test_read_only_directory_is_one_error_and_is_left_as_it_was(
+    words: tuple[str, ...], sources: Path
+) -> None:
+    place = sources / "place"
+    place.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", READ_ONLY, str(place), *(word.format("place") for word in words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=environment(PYTHONPATH=str(ROOT)),
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("error:")) == (5, 1), done.stderr
+    assert "read-only file system" in done.stderr
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file"])
+@pytest.mark.parametrize("words", OUTPUTS.values(), ids=OUTPUTS)
+def test_directory_that_is_none_is_one_error_before_any_work(
+    words: tuple[str, ...], kind: str, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = sources / "place"
+    if kind == "a file":
+        place.write_text("not a directory")
+    before = faults.contents(sources)
+    assert quiet(*(word.format("place") for word in words)) == 5
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1
+    assert "place" in err
+    assert faults.contents(sources) == before
+
+
+@pytest.mark.slow
+def test_current_directory_that_was_removed_is_one_error(sources: Path, tmp_path: Path) -> None:
+    for words in (("analyze", "../b.safetensors"), ("quant", sources / "b.safetensors")):
+        script = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", *CQ, *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment(PYTHONPATH=str(ROOT)),
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        assert done.returncode == 5, done.stderr
+        assert "error: the current directory does not exist any more" in done.stderr
 
 
 @pytest.mark.slow

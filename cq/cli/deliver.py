@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ from typing import Any
 from cq.cli import placing
 from cq.cli.options import terminal
 from cq.cli.output import LostReader, size
-from cq.core import sink
+from cq.core import shards, sink
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine.local import Settings, check_budget
 from cq.core.errors import Interrupted, PlanError, UsageError
 from cq.core.header import total_nbytes
-from cq.core.shards import check_targets, write_shards
 from cq.core.streaming import CPU, StreamingMode
+from cq.core.text import as_text
 from cq.core.write import Engine, Written, stream, write
 
 
@@ -62,7 +62,8 @@ def deliver(
     `remarks` what is said of it in any case."""
     here = terminal()
     check(checkpoint, asked)
-    for remark in (*remarks, *placing.remarks(checkpoint, asked)):
+    check_name(asked)
+    for remark in (*remarks, *_remarks(asked), *placing.remarks(checkpoint, asked)):
         here.say(f"{command}: {remark}")
     if asked.dry_run or (asked.output is None and (here.is_tty or here.json)):
         _show_plan(checkpoint, asked, command, columns, rows)
@@ -95,7 +96,7 @@ def written_file(checkpoint: Checkpoint, asked: Delivery, output: str, command: 
     with here.progress(command) as progress:
         try:
             if asked.max_shard_size is not None:
-                written = write_shards(
+                written = shards.write_shards(
                     checkpoint,
                     output,
                     max_bytes=asked.max_shard_size,
@@ -103,6 +104,9 @@ def written_file(checkpoint: Checkpoint, asked: Delivery, output: str, command: 
                     restart=asked.restart,
                     workers=asked.workers,
                     memory_limit=asked.memory_limit,
+                    device=where,
+                    streaming_mode=asked.streaming_mode,
+                    vram_limit=asked.vram_limit,
                     on_progress=progress.on_progress,
                 )
             else:
@@ -160,7 +164,7 @@ def check(checkpoint: Checkpoint, asked: Delivery) -> None:
         target = Path(asked.output)
         try:
             if asked.max_shard_size is not None:
-                check_targets(checkpoint, target, asked.max_shard_size, force=asked.force)
+                shards.check_targets(checkpoint, target, asked.max_shard_size, force=asked.force)
             else:
                 sink.check_target(checkpoint, target, force=asked.force, in_place=asked.in_place)
         except PlanError as error:
@@ -178,6 +182,28 @@ def check(checkpoint: Checkpoint, asked: Delivery) -> None:
                 )
     if asked.engine == "local":  # the memory of other machines is theirs to tell
         check_budget(checkpoint.parts, asked.memory_limit, asked.streaming_mode)
+
+
+def check_name(asked: Delivery) -> None:
+    """See that the manifest that goes to stdout can name the output.
+
+    Raises: UsageError if the name is not text, which a manifest is.
+    """
+    here = terminal()
+    if asked.output in {None, "-"} or here.json or here.is_tty:
+        return
+    whole = os.path.abspath(str(asked.output))
+    if as_text(whole) != whole:
+        raise UsageError(
+            f"`{as_text(whole)}` is not UTF-8 text, so the manifest on stdout cannot name it",
+            hint="choose another name, or add `--json`, which passes no manifest on",
+            code="usage.path",
+        )
+
+
+def _remarks(asked: Delivery) -> Iterator[str]:
+    if asked.max_shard_size is not None:
+        yield "ComfyUI reads single files only; `cq edit --unshard` makes one of these again"
 
 
 def _check_ray(asked: Delivery) -> None:
@@ -244,15 +270,10 @@ def plan_document(
         ],
         "tensors": len(checkpoint.specs),
         "nbytes": sink.nbytes_file(checkpoint),
-        "nbytes_peak": peak(checkpoint),
+        "nbytes_peak": placing.peak(checkpoint, asked),
         "decisions": [dict(note) for note in checkpoint.notes],
         **({"placements": placements} if placements else {}),
     }
-
-
-def peak(checkpoint: Checkpoint) -> int:
-    """Bytes that the largest part holds at once: what each worker may need beyond torch itself."""
-    return max((part.nbytes_peak for part in checkpoint.parts), default=0)
 
 
 def _show_plan(
@@ -271,6 +292,15 @@ def _show_plan(
         here.data("")
     before = sum(total_nbytes(s.spec(n) for n in s.owner) for s in checkpoint.sources)
     here.data(
-        f"{size(before)} of tensors become a file of {size(sink.nbytes_file(checkpoint))};"
-        f" memory: torch, and up to {size(peak(checkpoint))} for each worker"
+        f"{size(before)} of tensors become {_files(checkpoint, asked)};"
+        f" memory: torch, and {placing.memory_told(checkpoint, asked)}"
     )
+
+
+def _files(checkpoint: Checkpoint, asked: Delivery) -> str:
+    if asked.max_shard_size is None or asked.output is None:
+        return f"a file of {size(sink.nbytes_file(checkpoint))}"
+    found = shards.plan(checkpoint, shards.index_path(asked.output), asked.max_shard_size)
+    sizes = [sink.nbytes_file(shard.checkpoint) for shard in found]
+    count = "1 file" if len(found) == 1 else f"{len(found)} files"
+    return f"{count} of up to {size(max(sizes, default=0))} and an index"

@@ -83,6 +83,12 @@ Engine = Annotated[
         "--engine", help="Where layers are computed: threads here, or a Ray cluster (RAY_ADDRESS)."
     ),
 ]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-shard-size", metavar="SIZE", help="Write files of at most SIZE, such as 5GB."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before writing.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk and no progress on stderr.")]
@@ -148,6 +154,7 @@ def command(
             plugins: list[str] = kwargs.pop("plugin") or []
 
             def body() -> int | None:
+                _check_directory()
                 load_plugins(plugins)
                 here.plugins = bool(plugins)
                 return function(*args, **kwargs)
@@ -172,6 +179,19 @@ def command(
         return guarded
 
     return decorate
+
+
+def _check_directory() -> None:
+    """Raises: ResourceError if the current directory was removed: no path counts from it any more,
+    and libraries that torch loads end the process over it."""
+    try:
+        os.getcwd()  # noqa: PTH109 - it is asked for its failure
+    except OSError as error:
+        raise ResourceError(
+            "the current directory does not exist any more",
+            hint="change to one that does, such as `cd ~`",
+            code="resource.directory",
+        ) from error
 
 
 def load_plugins(names: Iterable[str]) -> None:

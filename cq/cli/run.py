@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
         shard: Shard = None,
         force: options.Force = False,
         restart: options.Restart = False,
+        max_shard_size: options.MaxShardSize = None,
         dry_run: options.DryRun = False,
         workers: options.Workers = None,
         memory_limit: options.MemoryLimit = None,
@@ -61,6 +62,7 @@ def register(app: typer.Typer) -> None:
             output=output,
             force=force,
             restart=restart,
+            max_shard_size=options.parse_size(max_shard_size),
             dry_run=dry_run,
             workers=workers,
             memory_limit=options.parse_size(memory_limit),
@@ -86,6 +88,11 @@ def register(app: typer.Typer) -> None:
                 hint="shares are computed on the CPU, each of some layers",
                 code="usage.device",
             )
+        if max_shard_size is not None:
+            raise UsageError(
+                "`--shard` and `--max-shard-size` contradict each other: shares fill one file",
+                hint="`cq edit --max-shard-size` makes several of it",
+            )
         if output in {None, "-"}:
             raise UsageError(
                 "`--shard` fills a file", hint="add `-o FILE`, the same one for all shares"
@@ -100,7 +107,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _run_share(checkpoint: Checkpoint, share: Share, asked: Delivery) -> int:
-    from cq.cli.deliver import deliver, plan_document
+    from cq.cli.deliver import check_name, deliver, plan_document
     from cq.core.engine.local import check_budget
     from cq.core.shares import write_share
 
@@ -108,6 +115,7 @@ def _run_share(checkpoint: Checkpoint, share: Share, asked: Delivery) -> int:
     assert asked.output is not None
     if asked.dry_run:
         return deliver(checkpoint, asked, command="run")
+    check_name(asked)
     check_budget(checkpoint.parts, asked.memory_limit)
     with here.progress(f"run {share}") as progress:
         try:

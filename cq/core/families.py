@@ -311,7 +311,7 @@ def _any_of(patterns: Sequence[str]) -> _Test:
     """Whether a name matches one of `patterns` (see `cq.core.select`), all globs tried at once."""
     globs = [fnmatch.translate(p) for p in patterns if not p.startswith("re:")]
     fused = re.compile("|".join(globs) or "(?!)")
-    others = [select.matcher(p) for p in patterns if p.startswith("re:")]
+    others = [select.any_matcher([p]) for p in patterns if p.startswith("re:")]
 
     def test(name: str) -> bool:
         return fused.match(name) is not None or any(other(name) for other in others)

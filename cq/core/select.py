@@ -11,13 +11,15 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from cq.core.errors import InputError, PlanError, UsageError
+from cq.core.errors import InputError, PlanError
+from cq.core.expressions import Expression, check
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
     """Whether a name matches `pattern`.
 
-    Raises: UsageError if what follows `re:` is not a regular expression.
+    Raises: UsageError if what follows `re:` is not a regular expression, and so does the test if it
+    takes seconds.
 
     >>> matcher("double_blocks.*.qkv")("double_blocks.0.img_attn.qkv")
     True
@@ -25,27 +27,23 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     False
     """
     if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern[3:])
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UsageError(
-                f"`{pattern}` is not a regular expression: {error}", code="usage.pattern"
-            ) from error
-        return lambda name: expression.search(name) is not None
+        return Expression(pattern[3:]).is_in
     glob = re.compile(fnmatch.translate(pattern))
     return lambda name: glob.match(name) is not None
 
 
 def any_matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
-    """Whether a name matches one of `patterns`, all of them tried at once.
+    """Whether a name matches one of `patterns`, all of them tried at once: patterns of cq's own,
+    which are trusted to end.
 
-    Raises: UsageError as `matcher`.
+    Raises: UsageError if what follows `re:` is not a regular expression.
 
     >>> any_matcher(["img_in", "re:^out[.]", "re:norm$"])("out.2")
     True
     """
     for pattern in patterns:
-        matcher(pattern)
+        if pattern.startswith("re:"):
+            check(pattern[3:])
     globs = [fnmatch.translate(p) for p in patterns if not p.startswith("re:")]
     whole = re.compile("|".join(globs) or "(?!)").match
     anywhere = re.compile(

@@ -25,6 +25,8 @@ from cq.core.dtypes import TensorSpec
 from cq.core.engine.local import Progress
 from cq.core.errors import PlanError, UsageError
 from cq.core.source import INDEX_SUFFIX
+from cq.core.streaming import CPU, StreamingMode
+from cq.core.text import as_text
 from cq.core.write import Written, write
 
 _SUFFIX = ".safetensors"
@@ -118,9 +120,15 @@ def check_targets(
 ) -> tuple[Shard, ...]:
     """The shards, once it is known that their files and the index may be written.
 
-    Raises: as `cq.core.sink.check_target`, for each of them.
+    Raises: as `cq.core.sink.check_target`, for each of them; UsageError for a name that is no text.
     """
     index = index_path(output)
+    if as_text(index.name) != index.name:
+        raise UsageError(
+            f"`{as_text(str(index))}` is not UTF-8 text, so an index cannot name its files",
+            hint="choose another name",
+            code="usage.path",
+        )
     shards = plan(checkpoint, index, max_bytes)
     done = _finished(index, _digest(checkpoint, max_bytes))
     for shard in shards:
@@ -138,10 +146,13 @@ def write_shards(
     restart: bool = False,
     workers: int | None = None,
     memory_limit: int | None = None,
+    device: str = CPU,
+    streaming_mode: StreamingMode = "auto",
+    vram_limit: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Written:
     """Write `checkpoint` as shards of at most `max_bytes` and an index, going on from where an
-    interrupted run stopped. ComfyUI reads single files only.
+    interrupted run stopped; the rest as `cq.core.write.write`. ComfyUI reads single files only.
 
     Raises: as `cq.core.write.write`. Before the index is there, the shards are no checkpoint.
     """
@@ -155,6 +166,7 @@ def write_shards(
     done = _finished(index, digest)
     nbytes = parts = resumed = written_bytes = 0
     total = sum(shard.checkpoint.nbytes for shard in shards)
+    retreated: set[str] = set()
     for shard in shards:
         own = len(shard.checkpoint.parts)
         if shard.path.name in done:
@@ -172,10 +184,14 @@ def write_shards(
                 restart=restart,
                 workers=workers,
                 memory_limit=memory_limit,
+                device=device,
+                streaming_mode=streaming_mode,
+                vram_limit=vram_limit,
                 on_progress=_shifted(on_progress, written_bytes, total, parts),
             )
             nbytes += written.nbytes
             resumed += written.parts_resumed
+            retreated.update(written.retreated)
             done[shard.path.name] = _identity(shard.path)
         parts += own
         written_bytes += shard.checkpoint.nbytes
@@ -194,6 +210,7 @@ def write_shards(
         parts=parts,
         parts_resumed=resumed,
         digest=manifest.work_digest(checkpoint),
+        retreated=tuple(sorted(retreated)),
     )
 
 
@@ -229,7 +246,7 @@ def _finished(index: Path, digest: str) -> dict[str, list[int] | None]:
     path = _notes(index)
     try:
         found = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         _check_partial(index)
         return {}
     except (OSError, orjson.JSONDecodeError):

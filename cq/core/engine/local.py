@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from cq.core.checkpoint import Part, Piece
 from cq.core.dtypes import TensorSpec, spec_of
-from cq.core.engine import device, memory
+from cq.core.engine import device, groups, memory
 from cq.core.errors import InternalError, ResourceError
 from cq.core.streaming import CPU, Placement, Room, StreamingMode, offered, placed
 
@@ -329,7 +329,7 @@ def single_threaded_torch(needed: bool) -> Iterator[None]:
 
 
 def default_workers() -> int:
-    """Cores that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, as many as its control groups let it keep busy."""
+    if sys.platform != "linux":
+        return os.cpu_count() or 1
+    return min(len(os.sched_getaffinity(0)), groups.cores() or sys.maxsize)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from cq.core.engine import groups
+
+_ROOT = Path("/")
 LIBRARY_BYTES = 300 << 20  # torch and the interpreter themselves
-_LEAST_LIMIT = 256 << 20
+_ENOUGH_LIMIT, _LEAST_LIMIT = 256 << 20, 64 << 20
 _UNKNOWN_FREE = 4 << 30
 # glibc's mallopt parameters (malloc.h)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -16,19 +19,24 @@ _WITH_GAPS = 3
 _may_keep = False
 
 
-def default_limit() -> int:
-    """Half of the memory that is free now, less torch itself; at least 256 MiB."""
-    return max(_LEAST_LIMIT, (free() - LIBRARY_BYTES) // 2)
+def default_limit(root: Path = _ROOT) -> int:
+    """Half of the memory that is free now, less torch itself; at least 256 MiB where there are so
+    many, and 64 in any case."""
+    left = free(root) - LIBRARY_BYTES
+    return max(left // 2, min(left, _ENOUGH_LIMIT), _LEAST_LIMIT)
 
 
-def free() -> int:
-    """Bytes that can be taken without swapping; 4 GiB where the system does not say."""
+def free(root: Path = _ROOT) -> int:
+    """Bytes that can be taken without swapping, as the machine under `root` and this process's
+    control groups have it; 4 GiB where the system does not say."""
     try:
-        info = Path("/proc/meminfo").read_text(encoding="ascii")
+        info = (root / "proc/meminfo").read_text(encoding="ascii")
         line = next(line for line in info.splitlines() if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) << 10
+        found = int(line.split()[1]) << 10
     except (OSError, StopIteration):
-        return _UNKNOWN_FREE
+        found = _UNKNOWN_FREE
+    left = groups.memory_left(root)
+    return found if left is None else min(found, left)
 
 
 def keep_freed() -> None:
