@@ -329,11 +329,16 @@ def quantize(
         bf16=bf16,
         uses=Uses.asked(input_scales, bias_correction, smoothquant, equalize),
     )
-    quantized = comfy.find_quantized(checkpoint)
-    floats8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
-    if (quantized and requantize) or (plug.casts and (quantized or floats8)):
+    if _is_undone(checkpoint, plug, requantize=requantize):
         return replace(stage, requantize=True).again(checkpoint)
     return stage.apply(checkpoint)
+
+
+def _is_undone(checkpoint: Checkpoint, plug: Format, *, requantize: bool) -> bool:
+    """Whether layers of the checkpoint are to be dequantized first."""
+    quantized = bool(comfy.find_quantized(checkpoint))
+    floats8 = any(spec.dtype.startswith("F8_") for spec in checkpoint.specs.values())
+    return (quantized and requantize) or (plug.casts and (quantized or floats8))
 
 
 def _told(choice: recipe.Choice) -> str:
