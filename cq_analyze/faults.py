@@ -19,7 +19,7 @@ from cq_analyze.survival import Survival
 if TYPE_CHECKING:
     import torch
 
-BYTES_METRICS = 1 << 20  # what sums over a segment hold beside it
+BYTES_METRICS = 4 << 20  # what sums over a segment hold beside it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

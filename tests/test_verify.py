@@ -768,6 +768,27 @@ def test_verify_pools_layers_by_energy(good: Checkpoint, original: Checkpoint) -
     assert worst == sorted(s.sqnr for s in every)
 
 
+def test_sums_of_large_arrays_do_not_depend_on_threads() -> None:
+    """300 000 elements are several rows at a time, and a rest."""
+    w = make.weight(1, 300_001)
+    v = w + 0.01 * make.weight(1, 300_001, seed=1)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(sums(w, v))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    exact, error = w.double().numpy().ravel(), (v.double() - w.double()).numpy().ravel()
+    assert found[0].count == exact.size
+    assert found[0].reference_energy == pytest.approx(float(exact @ exact), rel=1e-12)
+    assert found[0].error_energy == pytest.approx(float(error @ error), rel=1e-12)
+    assert found[0].error_sum == pytest.approx(math.fsum(error), rel=1e-9)
+    assert found[0].max_abs_error == float(np.abs(error).max())
+
+
 def test_sums_follow_the_formulas_over_any_segments() -> None:
     w, v = make.weight(300, 500, seed=1), make.weight(300, 500, seed=2)
     whole = sums(w, v)
