@@ -50,7 +50,9 @@ _RANK = 512  # up to 1536 input features the moment is then kept whole while it 
 _DRAWN, _AT_ONCE = 2560, 80  # images that the digits model is calibrated by
 _HELD_ROWS = 1024
 _PLAIN_SCALES = "rtn, plain scales"
-_PLAIN = frozenset({"format", "scaling", "rotate", "optimizer", "scale_search"})  # what needs no calibration
+_PLAIN = frozenset(
+    {"format", "scaling", "rotate", "optimizer", "scale_search"}
+)  # what needs no calibration
 
 Settings = Mapping[str, Any]
 FORMATS: Mapping[str, Settings] = {

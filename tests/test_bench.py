@@ -91,7 +91,8 @@ def test_page_compares_formats_with_int8_rows_and_with_their_own_peer(measured: 
         "x",
     )  # fmt: skip
     page = to_markdown(measured, facts)
-    assert "| quant nvfp4 over quant rtn, 0.01 GB | 2.50 | ≤ 3 |" in page
+    assert "| quant nvfp4 over quant rtn, whole commands, 0.01 GB | 2.00 | ≤ 3 |" in page
+    assert "| the same beyond start-up, 0.01 GB | 2.50 | - |" in page
     assert "| quant nvfp4, 0.01 GB, x peer nvfp4 | 10.0 | ≥ 10 |" in page
     assert "merge" not in page
     document = to_json(measured, facts)
