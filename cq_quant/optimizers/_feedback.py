@@ -1,9 +1,9 @@
 """What the optimizers share that feed errors forward. No plug of its own.
 
 Owns the order of things for a layer with a moment: damping, scales weighted by the moment's
-diagonal, LDLQ, and for each row the choice between the result and nearest rounding. Rows are
-independent of each other, so that the choice needs no second pass; it is made by the loss under
-inputs that were held back, since what was fitted to noise shows there.
+diagonal, LDLQ, passes of coordinate descent, and for each row the choice between the result and
+nearest rounding. Rows are independent of each other, so that the choice needs no second pass; it is
+made by the loss under inputs that were held back, since what was fitted to noise shows there.
 """
 
 from __future__ import annotations
@@ -40,6 +40,15 @@ DAMP_OPTION = Option(
     default=None,
     calibrated=True,
 )
+PASSES_OPTION = Option(
+    help="passes of coordinate descent after LDLQ; by default 1 for formats whose scales are"
+    " searched, which have few levels, else 0",
+    least=0,
+    most=100,
+    default=None,
+    whole=True,
+    calibrated=True,
+)
 
 
 def damping(moment: Moment, options: Mapping[str, float]) -> float:
@@ -61,7 +70,7 @@ class Feedback(Rtn):
     """Nearest rounding without a moment, LDLQ with one."""
 
     calibrates = True
-    options: ClassVar[Mapping[str, Option]] = {"damp": DAMP_OPTION}
+    options: ClassVar[Mapping[str, Option]] = {"damp": DAMP_OPTION, "passes": PASSES_OPTION}
 
     def prepare(self, task: Task) -> Fit:
         """Factors once, for all rows."""
@@ -99,7 +108,8 @@ class Feedback(Rtn):
         task: Task,
     ) -> Candidate:
         """What is made of LDLQ's result before it is judged."""
-        return found
+        passes = int(task.options.get("passes", 1 if grid.searches else 0))
+        return descended(weight, grid, shared, found, moment, passes)
 
     def _nearest(self, weight: torch.Tensor, grid: Grid, shared: Scales, search: bool) -> Candidate:
         codes, own = self.fit(weight, grid, shared, search=search)
@@ -135,6 +145,21 @@ def chosen(better: torch.Tensor, found: Candidate, other: Candidate) -> Candidat
         else:
             own[key] = scale
     return Candidate(own=own, levels=torch.where(better[:, None], found.levels, other.levels))
+
+
+def descended(
+    weight: torch.Tensor,
+    grid: Grid,
+    shared: Scales,
+    start: Candidate,
+    moment: Moment,
+    passes: int,
+) -> Candidate:
+    """`start` after so many passes of coordinate descent, under its scales."""
+    levels = start.levels
+    for _ in range(passes):
+        levels = ldlq.descend(weight, levels, grid, {**shared, **start.own}, moment)
+    return Candidate(own=start.own, levels=levels)
 
 
 def accepted(

@@ -18,9 +18,15 @@ from typing import TYPE_CHECKING, ClassVar
 from cq.core.grid import Grid, Scales
 from cq.core.moment import Moment
 from cq.core.rounding import Fit
-from cq_quant import ldlq
 from cq_quant.optimizers import Option, Task
-from cq_quant.optimizers._feedback import DAMP_OPTION, Candidate, Feedback, accepted, chosen
+from cq_quant.optimizers._feedback import (
+    DAMP_OPTION,
+    Candidate,
+    Feedback,
+    accepted,
+    chosen,
+    descended,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +66,7 @@ class Learned(Feedback):
             weight: torch.Tensor, grid: Grid, shared: Scales, *, search: bool
         ) -> tuple[torch.Tensor, Scales]:
             nearest = self._nearest(weight, grid, shared, search)
-            found = _descended(weight, grid, shared, nearest, both, task)
+            found = descended(weight, grid, shared, nearest, both, _passes(task))
             return accepted(weight, grid, shared, nearest, found, stated, task)
 
         return fit
@@ -76,7 +82,8 @@ class Learned(Feedback):
         task: Task,
     ) -> Candidate:
         better = moment.loss(found.levels - weight) < moment.loss(nearest.levels - weight)
-        return _descended(weight, grid, shared, chosen(better, found, nearest), moment, task)
+        start = chosen(better, found, nearest)
+        return descended(weight, grid, shared, start, moment, _passes(task))
 
     def segments(self, weights: int, rank: int) -> int:
         """A batch, with a moment or without."""
@@ -87,18 +94,8 @@ class Learned(Feedback):
         return super().nbytes_work(columns, rank or _MOST + _SPARE, weights)
 
 
-def _descended(
-    weight: torch.Tensor,
-    grid: Grid,
-    shared: Scales,
-    start: Candidate,
-    moment: Moment,
-    task: Task,
-) -> Candidate:
-    levels = start.levels
-    for _ in range(int(task.options.get("passes", _PASSES))):
-        levels = ldlq.descend(weight, levels, grid, {**shared, **start.own}, moment)
-    return Candidate(own=start.own, levels=levels)
+def _passes(task: Task) -> int:
+    return int(task.options.get("passes", _PASSES))
 
 
 def _leading(task: Task) -> torch.Tensor:
