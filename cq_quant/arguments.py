@@ -19,6 +19,8 @@ from cq_quant.guidance import (
     opened_lora,
 )
 
+NO_BF16 = "usage.bf16"  # the code of an error
+
 
 def texts(value: Sequence[str]) -> tuple[str, ...]:
     """Patterns; a single one need not stand in a list."""
@@ -56,7 +58,7 @@ def see_bf16_used(asked: bool, guided: Sequence[str]) -> None:
         raise UsageError(
             "`--bf16-compute on` is of products that only rounding by a calibration takes",
             hint="add `--calibration FILE` and an optimizer that takes one, or leave it out",
-            code="usage.bf16",
+            code=NO_BF16,
         )
 
 

@@ -237,7 +237,7 @@ def register(app: typer.Typer) -> None:
             calibration_loras=calibration_lora or (),
             settings=dict(map(parse_setting, settings or ())),
             seed=seed,
-            bf16=in_bf16(bf16_compute, device, calibrated=calibration is not None),
+            bf16=in_bf16(bf16_compute, device),
             input_scales=input_scales,
             bias_correction=bias_correction,
             smoothquant=smoothquant,

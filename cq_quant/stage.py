@@ -172,6 +172,15 @@ class QuantStage:
             guidance.see_used(guided, layers)
         return guidance
 
+    def _applied(self, checkpoint: Checkpoint, *, may_do_without: bool) -> Checkpoint:
+        """The quantized checkpoint, in float32 if bfloat16 has no use and `may_do_without`."""
+        try:
+            return self.again(checkpoint) if self.requantize else self.apply(checkpoint)
+        except UsageError as error:
+            if not may_do_without or error.code != arguments.NO_BF16:
+                raise
+        return replace(self, bf16=False)._applied(checkpoint, may_do_without=False)
+
     def again(self, quantized: Checkpoint) -> Checkpoint:
         """`apply` to a quantized checkpoint. The layers that are stored anew are dequantized to
         float32; all others stay quantized as they are, among them those that are stored already as
@@ -271,7 +280,7 @@ def quantize(
     calibration_loras: Sequence[str | os.PathLike[str]] = (),
     settings: Mapping[str, float] | None = None,
     seed: int = 0,
-    bf16: bool = False,
+    bf16: bool | None = False,
     input_scales: str | None = None,
     bias_correction: bool = False,
     smoothquant: float | None = None,
@@ -295,7 +304,8 @@ def quantize(
     where it would be `rtn`. `calibration_loras` are LoRAs, as paths or `path:weight`, whose
     down-projections count as directions of inputs. `settings` are numbers by `optimizer.name`, such
     as `{"quip.damp": 0.1}`; `seed` is for what an optimizer draws. `bf16` takes the largest
-    products of rounding by a calibration in bfloat16; single codes then come out a step away.
+    products of rounding by a calibration in bfloat16 (None: if there are any); single codes then
+    come out a step away.
 
     By the calibration, too: `input_scales` `absmax` stores what a runtime divides inputs by,
     `bias_correction` gives biases the mean error of outputs, `equalize` folds factors that even out
@@ -326,12 +336,11 @@ def quantize(
         calibration_loras=tuple(opened_lora(lora) for lora in arguments.paths(calibration_loras)),
         settings=arguments.settings_of(settings or {}),
         seed=arguments.seed_of(seed),
-        bf16=bf16,
+        bf16=bf16 is not False,
         uses=Uses.asked(input_scales, bias_correction, smoothquant, equalize),
     )
-    if _is_undone(checkpoint, plug, requantize=requantize):
-        return replace(stage, requantize=True).again(checkpoint)
-    return stage.apply(checkpoint)
+    stage = replace(stage, requantize=_is_undone(checkpoint, plug, requantize=requantize))
+    return stage._applied(checkpoint, may_do_without=bf16 is None)
 
 
 def _is_undone(checkpoint: Checkpoint, plug: Format, *, requantize: bool) -> bool:

@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from cq_quant.layer import Kind
 
 
-def in_bf16(word: str, device: str, *, calibrated: bool) -> bool:
+def in_bf16(word: str, device: str) -> bool | None:
     """What `--bf16-compute` `auto`, `on` or `off` means: settled in the plan, since it changes
-    codes. `auto` is on where a GPU is asked for by its name, which has units for such products."""
-    return word == "on" or (word == "auto" and calibrated and device.startswith("cuda"))
+    codes. `auto` is None, which is on if anything is guided by a calibration, where a GPU is asked
+    for by its name, which has units for such products."""
+    if word == "auto":
+        return None if device.startswith("cuda") else False
+    return word == "on"
 
 
 def taken(

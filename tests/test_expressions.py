@@ -87,6 +87,26 @@ def test_replacement_by_a_group_that_is_not_there_is_an_error() -> None:
     assert Expression("(a)").replaced(r"<\1>", "bab") == "b<a>b"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(?:(?:a{1000}){1000}){20}",
+        "((?:a{400}|b){400}){2}",
+        "(?=(a{1000}){1000})",
+        "(?>(?:a{1000}){999})",
+    ],
+)
+def test_repeats_within_repeats_are_refused_unread(text: str) -> None:
+    """They would take gigabytes before the first name is looked at."""
+    with pytest.raises(UsageError, match="repeats within repeats"):
+        Expression(text)
+
+
+@pytest.mark.parametrize("text", ["(a{1,50}){3}", "(?:a+)+b", "[a-z]{1000}", "(?:ab?){2,}"])
+def test_usual_repeats_are_taken(text: str) -> None:
+    Expression(text)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["only", "recipe"])
 def test_command_ends_whatever_the_expression(where: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from cq.cli.main import run as run_line
 from cq.cli.output import Terminal
 from cq.core import shards
 from cq.core.engine import memory
-from cq.core.errors import PlanError
+from cq.core.errors import PlanError, ResourceError
 from tests.processes import CQ, TIMEOUT, big_model, environment
 from tests.processes import cq as run_cq
 
@@ -129,6 +130,75 @@ def test_shards_killed_around_any_change_of_a_file_come_again(
         resumed += any(path.suffix == ".safetensors" for path in directory.iterdir())
         assert write(directory) == whole
     assert resumed > 20
+
+
+@pytest.fixture
+def two_models(tmp_path: Path) -> tuple[Path, Path]:
+    """Of one shape, and so of one layout, but other numbers."""
+    first, second = (make.model(blocks=2, seed=seed) for seed in (0, 1))
+    return make.save(tmp_path / "a.st", first), make.save(tmp_path / "b.st", second)
+
+
+@contextmanager
+def stopped_at(shard: int) -> Iterator[None]:
+    """Within it a run is stopped when it begins with that shard, which must come to pass."""
+    write, count = shards.write, 0
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == shard:
+            raise KeyboardInterrupt
+        return write(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shards, "write", stopping)
+        yield
+
+
+def test_shards_of_another_model_in_the_way_are_never_taken_for_finished(
+    two_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    old, new = map(cq.open, two_models)
+    size = 100_000
+    for name in ("out", "whole"):
+        (tmp_path / name).mkdir()
+    out = tmp_path / "out" / "m.safetensors"
+    shards.write_shards(new, tmp_path / "whole" / "m.safetensors", max_bytes=size)
+    shards.write_shards(old, out, max_bytes=size)
+    with stopped_at(2):
+        shards.write_shards(new, out, max_bytes=size, force=True)
+    (second,) = out.parent.glob("m-00002-of-*")
+    os.utime(second)  # another file now, as a copy is
+    shards.write_shards(new, out, max_bytes=size, force=True)
+    assert faults.contents(out.parent) == faults.contents(tmp_path / "whole")
+
+
+def test_shards_restart_from_the_command_line(
+    two_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "m.safetensors"
+    with stopped_at(2):
+        shards.write_shards(cq.open(two_models[0]), out, max_bytes=100_000)
+    words = ["edit", str(two_models[1]), "--max-shard-size", "100kB", "-o", str(out)]
+    done = run_cq(*words)
+    assert (done.code, "`--restart`" in done.err) == (4, True)
+    assert run_cq(*words, "--restart").code == 0
+    written, source = cq.open(out.with_name("m.safetensors.index.json")), cq.open(two_models[1])
+    assert all(make.same(written.read(n), source.read(n)) for n in source.specs)
+
+
+def test_shards_whose_first_one_fails_leave_nothing(
+    two_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise ResourceError("no room", code="resource.disk")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(shards, "write", full)
+    with pytest.raises(ResourceError, match="no room"):
+        shards.write_shards(cq.open(two_models[0]), tmp_path / "m.safetensors", max_bytes=100_000)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_shards_leave_foreign_files_alone_that_have_the_names_of_their_notes(

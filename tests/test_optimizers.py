@@ -269,17 +269,32 @@ def test_bfloat16_is_refused_where_nothing_is_guided(
 def test_bfloat16_is_chosen_for_a_gpu_that_is_named() -> None:
     from cq_quant.where import in_bf16
 
-    found = {
-        (word, device): in_bf16(word, device, calibrated=True)
-        for word in ("auto", "on", "off")
-        for device in ("cpu", "auto", "cuda", "cuda:1")
-    }
-    assert {k for k, on in found.items() if on and k[0] != "on"} == {
-        ("auto", "cuda"),
-        ("auto", "cuda:1"),
-    }
-    assert all(found["on", device] for device in ("cpu", "auto", "cuda"))
-    assert not in_bf16("auto", "cuda", calibrated=False)
+    for device, auto in (("cpu", False), ("auto", False), ("cuda", None), ("cuda:1", None)):
+        assert in_bf16("auto", device) is auto
+        assert in_bf16("on", device) is True
+        assert in_bf16("off", device) is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "narrow"),
+    [
+        ({}, True),
+        ({"calibrated": False}, False),
+        ({"optimizer": "rtn", "bias_correction": True}, False),
+    ],
+)
+def test_bfloat16_if_of_use(settings: dict[str, Any], narrow: bool, directory: Path) -> None:
+    model = quantized(directory, bf16=None, **settings)
+    assert ("bf16" in model.stages[-1].arguments()) == narrow
+
+
+def test_a_command_for_a_gpu_needs_no_word_of_bfloat16(directory: Path, tmp_path: Path) -> None:
+    done = command(
+        "quant", directory / "model.safetensors", "--only", "*", "--optimizer", "rtn",
+        "--calibration", directory / "calib.safetensors", "--bias-correction", "--device", "cuda",
+        "--dry-run", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
 
 
 def test_a_prefix_does_not_matter(directory: Path, tmp_path: Path) -> None:

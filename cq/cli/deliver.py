@@ -164,7 +164,13 @@ def check(checkpoint: Checkpoint, asked: Delivery) -> None:
         target = Path(asked.output)
         try:
             if asked.max_shard_size is not None:
-                shards.check_targets(checkpoint, target, asked.max_shard_size, force=asked.force)
+                shards.check_targets(
+                    checkpoint,
+                    target,
+                    asked.max_shard_size,
+                    force=asked.force,
+                    restart=asked.restart,
+                )
             else:
                 sink.check_target(checkpoint, target, force=asked.force, in_place=asked.in_place)
         except PlanError as error:

@@ -2,15 +2,18 @@
 
 Owns that no expression holds a command up: some are tried for years, such as `(a|aa)+$` on sixty
 letters, and Python's own `re` cannot be told to stop. The library `regex` can; it is imported when
-the first expression is used, not where only cq's own are.
+the first expression is used, not where only cq's own are. It writes repeats out that stand within
+repeats, which would take all memory, so that such expressions are refused by their size. What
+replaces a match is read by its rules, which know a few more escapes.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from cq.core.errors import UsageError
 from cq.core.text import printable
@@ -18,7 +21,9 @@ from cq.core.text import printable
 _SECONDS = 3.0  # for all names together, of those that take long
 _QUICK = 1e-3  # for one; 4 microseconds are usual
 # A brace that repeats nothing stands for itself in Python, and for something fuzzy in `regex`.
+_UNBOUNDED = 1 << 31
 _LONE_BRACE = re.compile(r"(\\N\{[^}]*\}|\\.)|\{(?!\d*(?:,\d*)?\})", re.DOTALL)
+_LARGEST = 100_000  # steps, were all repeats written out
 _T = TypeVar("_T")
 
 
@@ -42,9 +47,11 @@ class Expression:
 
         self._text = text
         try:
+            if _written_out(_parsed(text)) > _LARGEST:
+                raise _refused(text, "its repeats within repeats are too many")
             self._compiled = regex.compile(_LONE_BRACE.sub(lambda found: found[1] or r"\{", text))
         except (regex.error, OverflowError, RecursionError, MemoryError) as error:
-            raise _refused(text, str(error)) from error
+            raise _refused(text, str(error) or "it is too large") from error
         self._left = _SECONDS
 
     def is_in(self, name: str) -> bool:
@@ -84,6 +91,35 @@ class Expression:
         finally:
             taken = time.monotonic() - began
             self._left -= taken if taken > _QUICK else 0
+
+
+def _parsed(text: str) -> Any:
+    """What Python's parser makes of an expression that it compiles: steps, some with more in them.
+
+    Source: CPython's `re/_parser.py`, class `SubPattern`.
+    """
+    return importlib.import_module("re._parser").parse(text)
+
+
+def _written_out(steps: Any) -> int:
+    """How many steps there are if every repeat is written out as often as it may or must come."""
+    count = 0
+    for kind, given in steps:
+        if str(kind).endswith("_REPEAT"):
+            least, most, inner = given
+            count += max(1, least if most >= _UNBOUNDED else most) * _written_out(inner)
+        else:
+            count += 1 + sum(_written_out(inner) for inner in _within(given))
+    return count
+
+
+def _within(given: Any) -> Iterator[Any]:
+    """The steps that stand in what a step is given: those of groups, alternatives, conditions."""
+    if hasattr(given, "state"):
+        yield given
+    elif isinstance(given, list | tuple):
+        for one in given:
+            yield from _within(one)
 
 
 def _refused(text: str, why: str) -> UsageError:

@@ -23,7 +23,7 @@ from cq.core import files, laid_out, manifest, sink
 from cq.core.checkpoint import Checkpoint, Part, narrowed
 from cq.core.dtypes import TensorSpec
 from cq.core.engine.local import Progress
-from cq.core.errors import PlanError, UsageError
+from cq.core.errors import InputError, PlanError, ResourceError, UsageError
 from cq.core.source import INDEX_SUFFIX
 from cq.core.streaming import CPU, StreamingMode
 from cq.core.text import as_text
@@ -32,7 +32,7 @@ from cq.core.write import Written, write
 _SUFFIX = ".safetensors"
 # What a tensor's entry in a header takes at most, beside its name and the sizes in its shape
 _ENTRY_BYTES, _SIDE_BYTES = 128, 21
-_NOTE_BEGIN = b'{"work":'
+_BEGINS = (b'{"work":', b'{\n  "metadata"')  # of notes and of an index
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +116,15 @@ def _narrowed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
 
 
 def check_targets(
-    checkpoint: Checkpoint, output: str | os.PathLike[str], max_bytes: int, *, force: bool
+    checkpoint: Checkpoint,
+    output: str | os.PathLike[str],
+    max_bytes: int,
+    *,
+    force: bool,
+    restart: bool = False,
 ) -> tuple[Shard, ...]:
-    """The shards, once it is known that their files and the index may be written.
+    """The shards, once it is known that their files and the index may be written. `restart` is to
+    give up what an interrupted run has left.
 
     Raises: as `cq.core.sink.check_target`, for each of them; UsageError for a name that is no text.
     """
@@ -130,9 +136,9 @@ def check_targets(
             code="usage.path",
         )
     shards = plan(checkpoint, index, max_bytes)
-    done = _finished(index, _digest(checkpoint, max_bytes))
+    own = _left(index) if restart else _finished(index, _digest(checkpoint, max_bytes), shards)
     for shard in shards:
-        sink.check_target(checkpoint, shard.path, force=force or shard.path.name in done)
+        sink.check_target(checkpoint, shard.path, force=force or shard.path.name in own)
     sink.check_target(checkpoint, index, force=force)
     return shards
 
@@ -159,11 +165,11 @@ def write_shards(
     started = time.monotonic()
     index = index_path(output)
     digest = _digest(checkpoint, max_bytes)
+    shards = check_targets(checkpoint, output, max_bytes, force=force, restart=restart)
+    left = _left(index) if restart else frozenset()
     if restart:
-        for path in sink.working_files(index):
-            path.unlink(missing_ok=True)
-    shards = check_targets(checkpoint, output, max_bytes, force=force)
-    done = _finished(index, digest)
+        _discard(index)
+    done = _finished(index, digest, shards)
     nbytes = parts = resumed = written_bytes = 0
     total = sum(shard.checkpoint.nbytes for shard in shards)
     retreated: set[str] = set()
@@ -177,18 +183,23 @@ def write_shards(
             # A kill may come between the shard's name and the next note.
             begun = {"shard": shard.path.name, "in_the_way": _identity(shard.path)}
             _put(index, {"work": digest, "finished": done, "begun": begun}, _notes(index))
-            written = write(
-                shard.checkpoint,
-                shard.path,
-                force=force,
-                restart=restart,
-                workers=workers,
-                memory_limit=memory_limit,
-                device=device,
-                streaming_mode=streaming_mode,
-                vram_limit=vram_limit,
-                on_progress=_shifted(on_progress, written_bytes, total, parts),
-            )
+            try:
+                written = write(
+                    shard.checkpoint,
+                    shard.path,
+                    force=force or shard.path.name in left,
+                    restart=restart,
+                    workers=workers,
+                    memory_limit=memory_limit,
+                    device=device,
+                    streaming_mode=streaming_mode,
+                    vram_limit=vram_limit,
+                    on_progress=_shifted(on_progress, written_bytes, total, parts),
+                )
+            except (InputError, ResourceError):
+                if not done:  # nothing to go on from
+                    _drop(_notes(index))
+                raise
             nbytes += written.nbytes
             resumed += written.parts_resumed
             retreated.update(written.retreated)
@@ -233,54 +244,116 @@ def _digest(checkpoint: Checkpoint, max_bytes: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _partial(index: Path) -> Path:
+    """What becomes the notes or the index by its name; beside a link, not behind it."""
+    return index.with_name(index.name + ".partial")
+
+
 def _notes(index: Path) -> Path:
     """Where it stands which shards are whole, as long as the index is not written."""
-    return sink.working_files(index)[1]
+    return index.with_name(index.name + ".partial.journal")
 
 
-def _finished(index: Path, digest: str) -> dict[str, list[int] | None]:
+def _finished(index: Path, digest: str, shards: Iterable[Shard]) -> dict[str, list[int] | None]:
     """The shards that an interrupted run of the same work has left whole, and which files they are.
 
     Raises: PlanError if the notes are of other work, or are somebody else's file.
     """
-    path = _notes(index)
-    try:
-        found = orjson.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        _check_partial(index)
+    _check_partial(index)
+    found = _noted(index)
+    if found is None:
         return {}
-    except (OSError, orjson.JSONDecodeError):
-        found = None
-    if not isinstance(found, dict):
-        raise _in_the_way(path)
     with suppress(OSError):
         if found.get("ended") == hashlib.sha256(index.read_bytes()).hexdigest():
             return {}
     if found.get("work") != digest:
         raise PlanError(
-            f"`{path}` speaks of unfinished work of another command",
-            where=str(path),
+            f"`{_notes(index)}` speaks of unfinished work of another command",
+            where=str(_notes(index)),
             hint="run that command again to finish it, or add `--restart` to discard it",
             code="plan.other_partial",
         )
-    done = {n: was for n, was in found["finished"].items() if was == _identity(index.with_name(n))}
-    if begun := found.get("begun"):
-        now = _identity(index.with_name(begun["shard"]))
-        if now is not None and now != begun["in_the_way"]:
-            done[begun["shard"]] = now  # a file gets this name when it is whole
+    done: dict[str, list[int] | None] = dict(_unchanged(index, found))
+    begun = found.get("begun")
+    for shard in shards:
+        # Where a file was in the way, a file there proves nothing: it is written again.
+        if begun == {"shard": shard.path.name, "in_the_way": None} and _is_whole(shard):
+            done[shard.path.name] = _identity(shard.path)
     return done
+
+
+def _noted(index: Path) -> dict[str, Any] | None:
+    """The notes beside an index, if there are any. Raises: PlanError if they are not cq's."""
+    try:
+        found = orjson.loads(_notes(index).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, orjson.JSONDecodeError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("finished"), dict):
+        raise _in_the_way(_notes(index))
+    return found
+
+
+def _unchanged(index: Path, found: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The files that the notes call finished and that are still what they were."""
+    return {
+        name: was
+        for name, was in found["finished"].items()
+        if was is not None and Path(name).name == name and was == _identity(index.with_name(name))
+    }
+
+
+def _left(index: Path) -> frozenset[str]:
+    """Shards of an interrupted run of whatever work, which it may be told to give up."""
+    try:
+        found = _noted(index)
+    except PlanError:
+        return frozenset()
+    return frozenset() if found is None else frozenset(_unchanged(index, found))
+
+
+def _is_whole(shard: Shard) -> bool:
+    """Whether the file under a shard's name is what was to get it: nothing is left of the work on
+    it, and it has the size and the head that it will have."""
+    laid = laid_out.OpenFile(shard.checkpoint)
+    try:
+        if sink.working_files(shard.path)[0].exists():
+            return False
+        with shard.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return size == laid.header.nbytes_file and file.read(len(laid.head)) == laid.head
+    except OSError:
+        return False
 
 
 def _check_partial(index: Path) -> None:
     """Raises: PlanError if the file through which notes are written is somebody else's."""
-    path = sink.working_files(index)[0]
+    path = _partial(index)
     try:
         with path.open("rb") as file:
-            ours = _NOTE_BEGIN.startswith(file.read(len(_NOTE_BEGIN)))  # also one that was torn
-    except OSError:
+            head = file.read(max(map(len, _BEGINS)))
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise _in_the_way(path) from None
         return
-    if not ours:
+    except NotADirectoryError:
+        return
+    except OSError as error:
+        raise _in_the_way(path) from error
+    if path.is_symlink() or not any(
+        head.startswith(begin) or begin.startswith(head)  # also one that was torn
+        for begin in _BEGINS
+    ):
         raise _in_the_way(path)
+
+
+def _discard(index: Path) -> None:
+    try:
+        for path in (_partial(index), _notes(index)):
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise sink.unwritable(str(index), error) from error
 
 
 def _identity(path: Path) -> list[int] | None:
@@ -298,9 +371,12 @@ def _text(document: Mapping[str, Any]) -> bytes:
 def _put(index: Path, document: Mapping[str, Any], target: Path) -> None:
     """Write a document under the name `target`, which is the old or the new one at every moment."""
     raw = _text(document) if target == index else orjson.dumps(document)
-    partial = sink.working_files(index)[0]
+    partial = _partial(index)
     try:
         fd = os.open(partial, files.OWN_FLAGS, 0o666)
+    except OSError as error:
+        raise sink.unwritable(str(index), error) from error
+    try:
         try:
             os.ftruncate(fd, 0)
             files.write_at(fd, memoryview(raw), 0)
