@@ -61,6 +61,7 @@ faults: $(STAMP)  ## kill every command at 200 moments and fill the disk (about 
 
 memory: $(STAMP)  ## see that --memory-limit holds, over optimizers and formats (about 15 minutes)
 	$(BIN)/python -m bench.memory --dir $(OUT)/memory --markdown bench/MEMORY.md
+	$(BIN)/python -m bench.checkpointed --dir $(OUT)/memory --markdown bench/CHECKPOINTED.md
 
 large: $(STAMP)  ## plan and begin to quantize 190 GB that take no room (about 2 minutes)
 	$(BIN)/python -m bench.large --dir $(OUT)/large

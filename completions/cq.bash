@@ -79,6 +79,8 @@ _cq() {
       quant:--engine) words= ;;
       quant:--device) words='cpu auto cuda[:N]' ;;
       quant:--streaming-mode) words= ;;
+      quant:--quip-checkpointed-threshold) words= ;;
+      quant:--quip-checkpointed-segments) words= ;;
       quant:--vram-limit) words= ;;
       quant:--plugin) words= files=1 ;;
       run:--output|run:-o) words= files=1 ;;
@@ -89,6 +91,8 @@ _cq() {
       run:--engine) words= ;;
       run:--device) words='cpu auto cuda[:N]' ;;
       run:--streaming-mode) words= ;;
+      run:--quip-checkpointed-threshold) words= ;;
+      run:--quip-checkpointed-segments) words= ;;
       run:--vram-limit) words= ;;
       run:--plugin) words= files=1 ;;
       template:--format) words='asym_w4a8_int8 awq_w4a16 bf16 convrot_w4a4 float8_e4m3fn float8_e5m2 fp16 fp32 int8_blockwise int8_tensorwise mxfp8 nvfp4' ;;
@@ -136,8 +140,8 @@ _cq() {
         edit) words='--remove-keys --keep-keys --add-keys --replace --rename --set-quant --quant-filter --cast --migrate --prefer --save-quant-metadata --drop-quant-metadata --set-meta --remove-meta --extract-component --split-components --max-shard-size --unshard --in-place --allow-broken --output -o --force --restart --dry-run --workers --memory-limit --engine --json --plugin --quiet -q --debug --help' files=1 ;;
         merge) words='--scale --dampen --no-dampen --method --density --seed --from --extract --rank --alpha --as-comfyui --map --allow-unmatched --dtype --keep-format --explain --output -o --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --json --plugin --quiet -q --debug --help' files=1 ;;
         plugins) words='--json --plugin --quiet -q --debug --help' ;;
-        quant) words='--format --scaling --optimizer --rotate --no-scale-search --scale-search --family --recipe --only --skip --requantize --allow-custom-loader --save-quant-metadata --native-names --calibration --calibration-lora --set --seed --bf16-compute --input-scales --bias-correction --smoothquant --equalize --output -o --defer --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --device --streaming-mode --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
-        run) words='--output -o --shard --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --device --streaming-mode --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
+        quant) words='--format --scaling --optimizer --rotate --no-scale-search --scale-search --family --recipe --only --skip --requantize --allow-custom-loader --save-quant-metadata --native-names --calibration --calibration-lora --set --seed --bf16-compute --input-scales --bias-correction --smoothquant --equalize --output -o --defer --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --device --streaming-mode --quip-checkpointed --quip-checkpointed-threshold --quip-checkpointed-segments --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
+        run) words='--output -o --shard --force --restart --max-shard-size --dry-run --workers --memory-limit --engine --device --streaming-mode --quip-checkpointed --quip-checkpointed-threshold --quip-checkpointed-segments --vram-limit --json --plugin --quiet -q --debug --help' files=1 ;;
         template) words='--format --scaling --optimizer --rotate --family --recipe --only --skip --requantize --allow-custom-loader --budget --min-sqnr --among --workers --memory-limit --output -o --force --plugin --quiet -q --debug --help' files=1 ;;
         verify) words='--against --min-sqnr --max-error --header-only --calibration --max-output-error --base --fail-on --images --contact-sheet --min-psnr --comfyui --workflow --reference-name --model-name --prompts --sizes --batch-sizes --seeds --timeout --report --junit --force --workers --memory-limit --json --plugin --quiet -q --debug --help' files=1 ;;
       esac ;;

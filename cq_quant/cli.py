@@ -192,6 +192,9 @@ def register(app: typer.Typer) -> None:
         engine: options.Engine = "local",
         device: options.Device = "cpu",
         streaming_mode: options.Streaming = "auto",
+        quip_checkpointed: options.QuipCheckpointed = False,
+        quip_checkpointed_threshold: options.CheckpointedThreshold = None,
+        quip_checkpointed_segments: options.CheckpointedSegments = None,
         vram_limit: options.VramLimit = None,
     ) -> int:
         """Quantize the linear layers of a checkpoint so that ComfyUI loads it natively.
@@ -208,6 +211,7 @@ def register(app: typer.Typer) -> None:
           cq quant flux.safetensors --only '*.img_mlp.*=nvfp4' --only 'single_blocks.*' --dry-run
         """
         from cq.cli.deliver import Delivery, deliver
+        from cq.cli.placing import checkpointed
         from cq.core.knowledge import know
         from cq.core.native import NativeNames
         from cq_quant.guidance import parse_setting
@@ -261,6 +265,9 @@ def register(app: typer.Typer) -> None:
                 engine=engine,
                 device=device,
                 streaming_mode=streaming_mode,
+                quip_checkpointed=checkpointed(
+                    quip_checkpointed, quip_checkpointed_threshold, quip_checkpointed_segments
+                ),
                 vram_limit=options.parse_size(vram_limit),
             ),
             command="quant",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,6 +54,19 @@ class Tally:
                 if found
             ],
         }
+
+    def handed_over(self) -> dict[str, list[dict[str, Any]]]:
+        """The figures of layers that were computed here; they are forgotten here."""
+        with self._lock:
+            layers, self._layers = self._layers, {}
+        return {name: [asdict(each) for each in found] for name, found in layers.items()}
+
+    def take_over(self, known: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+        """Count layers that another process has computed."""
+        from cq_quant.optimizers import Rounded
+
+        with self._lock:
+            self._layers |= {n: [Rounded(**each) for each in found] for n, found in known.items()}
 
     def remarks(self) -> list[str]:
         """What a user is told of it."""

@@ -55,6 +55,7 @@ def taken(
     rounding = -((once - twice) // cut)  # for each weight, rounded up
     work = Work(
         weights=kind.matrix.numel,
+        columns=columns,
         cut=cut,
         usual=kind.together(rank),
         gains=kind.together(rank) > 1,

@@ -38,7 +38,17 @@ from cq.core.engine import device, local, staging
 from cq.core.engine.staging import Staging
 from cq.core.errors import ResourceError, UsageError
 from cq.core.rounding import stored_tensors
-from cq.core.streaming import CPU, MODES, Placement, Room, StreamingMode, Work, offered, placed
+from cq.core.streaming import (
+    CPU,
+    MODES,
+    Checkpointed,
+    Placement,
+    Room,
+    StreamingMode,
+    Work,
+    offered,
+    placed,
+)
 from cq_quant import where
 from cq_quant.optimizers import Rounded, Task
 from cq_quant.where import Retreating
@@ -254,6 +264,66 @@ def test_modes_write_the_same_file(
     assert (tmp_path / mode).read_bytes() == (tmp_path / "auto").read_bytes()
 
 
+def test_checkpointed_layers_are_the_same_in_less_memory(directory: Path, tmp_path: Path) -> None:
+    """Through the command line: the plan tells the portions, the file is equal byte for byte."""
+    model, calib = tmp_path / "m.safetensors", directory / "calib.safetensors"
+    make.save(model, {f"{LAYER}.weight": make.weight(13000, 256)})
+    words = ("quant", model, "--only", "*", "--calibration", calib, "--memory-limit", "2GiB")
+    asked = {
+        "usual": (),
+        "wide": ("--quip-checkpointed-threshold", "256"),
+        "two": ("--quip-checkpointed-threshold", "256", "--quip-checkpointed-segments", "2"),
+    }
+    plans, peaks = {}, {}
+    for name, more in asked.items():
+        plan = json.loads(command(*words, *more, "--dry-run", "--json").out)
+        (place,) = plan["placements"]
+        plans[name], peaks[name] = (place["segments"], place["of_segments"]), plan["nbytes_peak"]
+        done = command(*words, *more, "-o", tmp_path / f"{name}.safetensors")
+        assert done.code == 0, done.err
+    assert plans == {"usual": (4, 4), "wide": (1, 4), "two": (2, 4)}
+    assert peaks["wide"] < peaks["two"] < peaks["usual"]
+    bytes_of = {(tmp_path / f"{name}.safetensors").read_bytes() for name in asked}
+    assert len(bytes_of) == 1
+    narrow = command(*words, "--quip-checkpointed", "--dry-run")
+    assert "`--quip-checkpointed` changes nothing: no layer of 8192 columns" in narrow.err
+
+
+def test_shares_take_the_options_and_tell_what_came_of_their_layers(
+    directory: Path, tmp_path: Path
+) -> None:
+    model, calib = directory / "model.safetensors", directory / "calib.safetensors"
+    words = ("quant", model, "--only", "*", "--calibration", calib)
+    plan = tmp_path / "plan.json"
+    plan.write_text(command(*words, "--defer").out)
+    command(*words, "-o", tmp_path / "whole.safetensors")
+    out = tmp_path / "out.safetensors"
+    options = ("--quip-checkpointed-threshold", "512", "--streaming-mode", "minimal")
+    for share in ("1/2", "2/2"):
+        done = command("run", plan, "-o", out, "--shard", share, *options, "--device", "auto")
+        assert done.code == 0, done.err
+        assert "`--device auto` is `cpu` here" in done.err
+        assert "1 of 2 layers were computed in this run" in done.err
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    refused = command("run", plan, "-o", tmp_path / "no", "--shard", "1/2", "--device", "cuda")
+    assert refused.code == 5
+    assert "there is no device `cuda`" in refused.err
+
+
+def test_what_came_of_layers_is_told_from_process_to_process(
+    directory: Path, tmp_path: Path
+) -> None:
+    """As a Ray task does it: computed by one checkpoint, told by another one of the same plan."""
+    here, there = (quantized(directory, optimizer="gptq") for _ in range(2))
+    cq.write(there, tmp_path / "out")
+    (told,), (taken,) = there.outcomes, here.outcomes
+    expected = told.to_dict()
+    assert len(expected["layers"]) == 2
+    taken.take_over(json.loads(json.dumps(told.handed_over())))
+    assert taken.to_dict() == expected
+    assert told.remarks() == []
+
+
 def test_a_layer_over_the_budget_is_cut_until_it_fits(
     directory: Path,
     tmp_path: Path,
@@ -327,6 +397,7 @@ MB = 1 << 20
 WORKS = st.builds(
     Work,
     weights=st.integers(1, 1 << 30),
+    columns=st.integers(1, 1 << 15),
     cut=st.integers(1, 1 << 24),
     usual=st.integers(1, 64),
     gains=st.booleans(),
@@ -337,39 +408,57 @@ WORKS = st.builds(
 )
 BYTES = st.integers(0, 1 << 38)
 ANY_MODE = st.sampled_from(MODES)
+WIDE = st.none() | st.builds(Checkpointed, st.integers(1, 1 << 15), st.integers(2, 64))
 
 
-@given(WORKS, ANY_MODE, BYTES, BYTES, BYTES)
+@given(WORKS, ANY_MODE, WIDE, BYTES, BYTES, BYTES)
 def test_more_vram_never_means_less_work_on_the_device(
-    work: Work, mode: StreamingMode, host: int, vram: int, more: int
+    work: Work, mode: StreamingMode, wide: Checkpointed | None, host: int, vram: int, more: int
 ) -> None:
     little, much = (
-        placed(work, mode, Room(host=host, device="cuda:0", vram=v)) for v in (vram, vram + more)
+        placed(work, mode, Room(host=host, device="cuda:0", vram=v), wide)
+        for v in (vram, vram + more)
     )
     on_device = [p.segments if p.device != CPU else 0 for p in (little, much)]
     assert on_device[0] <= on_device[1]
 
 
-@given(WORKS, ANY_MODE, BYTES, BYTES, st.integers(1, 8))
+@given(WORKS, ANY_MODE, WIDE, BYTES, BYTES, st.integers(1, 8))
 def test_a_placement_keeps_to_what_there_is(
-    work: Work, mode: StreamingMode, host: int, vram: int, workers: int
+    work: Work, mode: StreamingMode, wide: Checkpointed | None, host: int, vram: int, workers: int
 ) -> None:
     room = Room(host=host, workers=workers, device="cuda:0", vram=vram)
-    place = placed(work, mode, room)
-    assert 1 <= place.segments <= max(work.segments, 1)
+    place = placed(work, mode, room, wide)
+    most = work.most(wide)
+    assert 1 <= place.segments <= most <= work.segments
     assert place.segments + place.ahead <= work.segments
     if place.device != CPU:
         assert 0 < place.nbytes_device <= vram
         return
-    least = work.on_device(work.segments if mode == "off" else 1, 0)
+    least = work.on_device(most if mode == "off" else 1, 0)
     assert mode != "off" or least > vram, "what fits is there"
     assert mode == "off" or least + 2 * work.cut * work.nbytes_staged > vram
     assert (place.nbytes_device, place.ahead) == (0, 0)
     assert place.nbytes_host == work.on_cpu(place.segments)
     if work.gains and mode == "off":
-        assert place.segments == work.segments
+        assert place.segments == most
     elif place.nbytes_host > host:
         assert place.segments == 1, "what does not fit is at its least"
+
+
+@given(WORKS, ANY_MODE, BYTES, BYTES, st.integers(1, 1 << 15), st.integers(2, 64))
+def test_checkpointed_layers_are_cut_finer_if_they_are_wide_and_calibrated(
+    work: Work, mode: StreamingMode, host: int, vram: int, columns: int, portions: int
+) -> None:
+    room = Room(host=host, device="cuda:0", vram=vram)
+    usual, wide = (
+        placed(work, mode, room, asked) for asked in (None, Checkpointed(columns, portions))
+    )
+    if not work.gains or work.columns < columns:
+        assert wide == usual
+    else:
+        assert wide.segments <= usual.segments or usual.device == CPU != wide.device
+        assert wide.segments <= -(-work.segments // portions)
 
 
 @given(WORKS, BYTES)
@@ -388,6 +477,7 @@ def test_modes_mean_what_the_page_says() -> None:
     """One layer of 100 segments of 1 MB of weights, 30 bytes each, in 1 GB of VRAM."""
     work = Work(
         weights=100 * MB,
+        columns=8192,
         cut=MB,
         usual=16,
         gains=True,
@@ -450,6 +540,7 @@ def test_parts_in_flight_keep_to_the_vram_together(
     monkeypatch.setattr(device, "vram", lambda where, limit: limit)
     work = Work(
         weights=4 * MB,
+        columns=1024,
         cut=MB,
         usual=1,
         gains=False,
@@ -771,8 +862,7 @@ def test_a_device_that_is_not_there_is_exit_5_and_leaves_nothing(
     [
         (["--device", "gpu"], "`gpu` is not a device"),
         (["--vram-limit", "8GiB"], "`--vram-limit` is of a GPU"),
-        (["--engine", "ray", "--device", "cuda"], "`--engine ray` takes no device"),
-        (["--engine", "ray", "--streaming-mode", "off"], "`--engine ray` takes no device"),
+        (["--engine", "ray", "--device", "cuda:1"], "Ray gives each worker a GPU"),
         (["--streaming-mode", "fast"], "fast"),
     ],
 )

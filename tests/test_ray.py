@@ -6,12 +6,12 @@ import importlib
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import make
-import orjson
 import pytest
 import torch
 from hypothesis import given
@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 import cq
 import cq_quant
-from cq.core import manifest
+from cq.core import shards
 from cq.core.checkpoint import Checkpoint
 from cq.core.engine import ray as engine
-from cq.core.engine.local import Progress
+from cq.core.engine.local import Progress, Settings
 from cq.core.errors import CqError, InputError, PlanError, ResourceError
-from cq.core.laid_out import names_of
 from cq.core.sink import FileSink
+from cq.core.streaming import MODES, Checkpointed, Room, StreamingMode, Work
 from cq.core.write import write
 from tests.processes import cq as run_cq
 
@@ -95,7 +95,7 @@ class PlainLayout(QuantizedLayout):
         ("run", "-o", "-"),
         ("run", "-o", "x.st", "--plugin", "plugin.py"),
         ("run", "-o", "x.st", "--shard", "1/2"),
-        ("edit", "-o", "x.st", "--max-shard-size", "1GB"),
+        ("run", "-o", "x.st", "--device", "cuda:1"),
     ],
 )
 def test_engine_refuses_what_other_machines_cannot_do(
@@ -111,10 +111,58 @@ def test_part_that_no_machine_can_take_is_refused(base: Path) -> None:
     parts = work(base).parts
     nodes = [{"Resources": {"CPU": 4.0, "memory": float(300 << 20)}}]
     with pytest.raises(ResourceError) as caught:
-        engine._check_memory(parts, range(len(parts)), nodes, None)
+        engine._check_memory(parts, range(len(parts)), nodes, Settings())
     assert caught.value.code == "resource.memory"
     nodes[0]["Resources"]["memory"] = float(4 << 30)
-    engine._check_memory(parts, range(len(parts)), nodes, None)
+    engine._check_memory(parts, range(len(parts)), nodes, Settings())
+
+
+def test_layers_are_tasks_with_a_gpu_and_copies_are_not(base: Path) -> None:
+    checkpoint = work(base)
+    every = range(len(checkpoint.parts))
+    without, with_gpu = engine.tasks_of(checkpoint.parts, every, Settings(device="cuda"), 2, 1)
+    layers = {i for i in every if checkpoint.parts[i].work is not None}
+    assert {i for task in with_gpu for i in task.indexes} == layers
+    assert {i for task in without for i in task.indexes} == set(every) - layers
+    assert layers
+    assert set(every) - layers
+    assert all(task.gpu for task in with_gpu)
+    assert not any(task.gpu for task in without)
+    assert engine.tasks_of(checkpoint.parts, every, Settings(), 2, 1)[1] == []
+
+
+def test_device_of_a_cluster_is_what_it_has() -> None:
+    found = {(asked, n): engine.device_of(asked, n) for asked in ("cpu", "auto") for n in (0, 2)}
+    assert found == {("cpu", 0): "cpu", ("cpu", 2): "cpu", ("auto", 0): "cpu", ("auto", 2): "cuda"}
+    assert engine.device_of("cuda", 1) == "cuda"
+    with pytest.raises(ResourceError, match="no machine of the Ray cluster offers a GPU"):
+        engine.device_of("cuda", 0)
+
+
+@given(st.sampled_from(MODES), st.none() | st.just(Checkpointed(8, 4)), st.booleans())
+def test_task_asks_for_the_memory_that_its_layers_may_take(
+    mode: StreamingMode, wide: Checkpointed | None, gpu: bool
+) -> None:
+    """Whatever placement the worker comes to, it is within what Ray was asked for."""
+    layer = Work(
+        weights=100 << 20,
+        columns=1024,
+        cut=1 << 20,
+        usual=16,
+        gains=True,
+        nbytes_host=1 << 20,
+        nbytes_fixed=10 << 20,
+        nbytes_weight=28,
+        nbytes_staged=2,
+    )
+    part = replace(make.part({"p": torch.zeros(1)}), work=layer)
+    device = "cuda" if gpu else "cpu"
+    settings = Settings(device=device, streaming_mode=mode, quip_checkpointed=wide)
+    asked = engine.needed(part, settings)
+    for vram in (0, 100 << 20, 1 << 30, 1 << 34) if gpu else (0,):
+        room = Room(host=asked, device="cuda:0" if gpu else "cpu", vram=vram)
+        place = settings.placed(layer, room)
+        assert place.nbytes_host <= asked
 
 
 class TestTask:
@@ -125,13 +173,15 @@ class TestTask:
         yield
         engine._CACHED.clear()
 
-    def order(self, checkpoint: Checkpoint, partial: Path) -> dict[str, Any]:
+    def order(self, checkpoint: Checkpoint, partial: Path, **settings: Any) -> dict[str, Any]:
         sink = FileSink(checkpoint, partial.with_name("unused.st"))
-        return {
-            "manifest": orjson.dumps(manifest.document(checkpoint)),
-            "work": names_of(checkpoint, sink.head)[2],
-            "partial": str(partial),
-        }
+        found = engine.order_of(checkpoint, sink, Settings(**settings))
+        return {**found, "partial": str(partial)}
+
+    def failure(self, order: dict[str, Any]) -> CqError:
+        told = engine.fill_batch(order, engine.Task((0,)))
+        assert told["error"] is not None
+        return engine._error(told["error"])
 
     def test_tasks_in_any_order_and_twice_fill_the_file(self, base: Path, tmp_path: Path) -> None:
         whole = tmp_path / "whole.st"
@@ -140,7 +190,8 @@ class TestTask:
             order = self.order(work(base), sink.partial)
             indexes = range(len(work(base).parts))
             for task in (indexes[5:], indexes[:5], indexes[3:7]):
-                assert engine.fill_batch(order, task) is None
+                done = engine.fill_batch(order, engine.Task(tuple(task)))
+                assert done == {"error": None, "retreated": [], "outcomes": []}
             for index in indexes:
                 sink.part_done(index)
         assert (tmp_path / "out.st").read_bytes() == whole.read_bytes()
@@ -148,9 +199,7 @@ class TestTask:
     def test_task_on_a_machine_that_does_not_see_the_file_is_an_error(
         self, base: Path, tmp_path: Path
     ) -> None:
-        failure = engine.fill_batch(self.order(work(base), tmp_path / "nowhere"), [0])
-        assert failure is not None
-        error = engine._error(failure)
+        error = self.failure(self.order(work(base), tmp_path / "nowhere"))
         assert isinstance(error, ResourceError)
         assert "nowhere" in error.message
         assert not (tmp_path / "nowhere").exists()
@@ -159,18 +208,14 @@ class TestTask:
         (tmp_path / "partial").write_bytes(b"untouched")
         order = self.order(work(base), tmp_path / "partial")
         os.utime(base, ns=(1, 1))
-        failure = engine.fill_batch(order, [0])
-        assert failure is not None
-        assert isinstance(engine._error(failure), PlanError)
+        assert isinstance(self.failure(order), PlanError)
         assert (tmp_path / "partial").read_bytes() == b"untouched"
 
     def test_error_of_a_task_comes_back_as_it_was(self, base: Path, tmp_path: Path) -> None:
         (tmp_path / "partial").write_bytes(b"")
         order = self.order(work(base), tmp_path / "partial")
         base.unlink()
-        failure = engine.fill_batch(order, [0])
-        assert failure is not None
-        error = engine._error(failure)
+        error = self.failure(order)
         assert isinstance(error, InputError)
         assert (error.code, error.where) == ("input.missing", str(base))
 
@@ -250,6 +295,45 @@ def test_ray_keeps_finished_parts_when_it_is_interrupted(cluster: Any, tmp_path:
     written = write(work(base), tmp_path / "out.st")
     assert 0 < written.parts_resumed < written.parts
     assert (tmp_path / "out.st").read_bytes() == (tmp_path / "whole.st").read_bytes()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_writes_shards_as_threads_do(cluster: Any, tmp_path: Path) -> None:
+    base = bigger(tmp_path)
+    files = {}
+    for kind in ("local", "ray"):
+        (tmp_path / kind).mkdir()
+        out = tmp_path / kind / "out.safetensors"
+        shards.write_shards(work(base), out, max_bytes=4_000_000, engine=kind)
+        files[kind] = {path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()}
+    assert len(files["ray"]) > 3
+    assert files["local"] == files["ray"]
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_counts_portions_as_threads_do(cluster: Any, tmp_path: Path) -> None:
+    base = bigger(tmp_path)
+    write(work(base), tmp_path / "whole.st")
+    wide = Checkpointed(256, 4)
+    write(
+        work(base),
+        tmp_path / "out.st",
+        engine="ray",
+        device="auto",
+        streaming_mode="aggressive",
+        quip_checkpointed=wide,
+    )
+    assert (tmp_path / "out.st").read_bytes() == (tmp_path / "whole.st").read_bytes()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_ray_without_gpus_says_so(cluster: Any, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="no machine of the Ray cluster offers a GPU"):
+        write(work(bigger(tmp_path)), tmp_path / "out.st", engine="ray", device="cuda")
+    assert not list(tmp_path.glob("out.st*"))
 
 
 @needs_ray

@@ -216,7 +216,6 @@ def test_shards_are_computed_where_the_options_say(
     ("more", "word"),
     [
         (("--shard", "1/2"), "shares fill one file"),
-        (("--engine", "ray"), "written by this machine alone"),
     ],
 )
 def test_several_files_exclude_what_fills_one(

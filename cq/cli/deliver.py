@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,10 @@ from cq.cli.options import terminal
 from cq.cli.output import LostReader, size
 from cq.core import shards, sink
 from cq.core.checkpoint import Checkpoint
-from cq.core.engine.local import Settings, check_budget
+from cq.core.engine.local import Progress, Settings, check_budget
 from cq.core.errors import Interrupted, PlanError, UsageError
 from cq.core.header import total_nbytes
-from cq.core.streaming import CPU, StreamingMode
+from cq.core.streaming import CPU, Checkpointed, StreamingMode
 from cq.core.text import as_text
 from cq.core.write import Engine, Written, stream, write
 
@@ -31,8 +31,9 @@ from cq.core.write import Engine, Written, stream, write
 class Delivery:
     """How a command was asked to deliver: its shared options. `named` says that a person named the
     output, rather than the command; `in_place` that the output is the input. With
-    `max_shard_size`, in bytes, it is several files and an index; `device`, `streaming_mode` and
-    `vram_limit`, in bytes, say where layers are computed."""
+    `max_shard_size`, in bytes, it is several files and an index; `device`, `streaming_mode`,
+    `quip_checkpointed` and `vram_limit`, in bytes, say where layers are computed, and how much of
+    them at a time."""
 
     output: str | None = None
     named: bool = True
@@ -46,7 +47,22 @@ class Delivery:
     engine: Engine = "local"
     device: str = CPU
     streaming_mode: StreamingMode = "auto"
+    quip_checkpointed: Checkpointed | None = None
     vram_limit: int | None = None
+
+    def settings(
+        self, device: str, on_progress: Callable[[Progress], None] | None = None
+    ) -> Settings:
+        """How the engine runs, on the `device` that was found."""
+        return Settings(
+            workers=self.workers,
+            memory_limit=self.memory_limit,
+            device=device,
+            streaming_mode=self.streaming_mode,
+            quip_checkpointed=self.quip_checkpointed,
+            vram_limit=self.vram_limit,
+            on_progress=on_progress,
+        )
 
 
 def deliver(
@@ -104,8 +120,10 @@ def written_file(checkpoint: Checkpoint, asked: Delivery, output: str, command: 
                     restart=asked.restart,
                     workers=asked.workers,
                     memory_limit=asked.memory_limit,
+                    engine=asked.engine,
                     device=where,
                     streaming_mode=asked.streaming_mode,
+                    quip_checkpointed=asked.quip_checkpointed,
                     vram_limit=asked.vram_limit,
                     on_progress=progress.on_progress,
                 )
@@ -121,6 +139,7 @@ def written_file(checkpoint: Checkpoint, asked: Delivery, output: str, command: 
                     engine=asked.engine,
                     device=where,
                     streaming_mode=asked.streaming_mode,
+                    quip_checkpointed=asked.quip_checkpointed,
                     vram_limit=asked.vram_limit,
                     on_progress=progress.on_progress,
                 )
@@ -133,13 +152,18 @@ def written_file(checkpoint: Checkpoint, asked: Delivery, output: str, command: 
     here.say(
         f"{command}: wrote `{shown}`, {size(written.nbytes)} in {written.seconds:.1f} s{resumed}"
     )
+    say_retreats(written, where, command)
+    say_outcomes(checkpoint, command)
+    return written
+
+
+def say_retreats(written: Written, where: str, command: str) -> None:
+    """Say for which layers the memory of the device `where` ran out."""
     if written.retreated:
-        here.say(
+        terminal().say(
             f"{command}: the memory of `{where}` ran out for {len(written.retreated)} layers, such"
             f" as `{written.retreated[0]}`: the CPU went on with them"
         )
-    _say_outcomes(checkpoint, command)
-    return written
 
 
 def check(checkpoint: Checkpoint, asked: Delivery) -> None:
@@ -187,7 +211,7 @@ def check(checkpoint: Checkpoint, asked: Delivery) -> None:
                     code="plan.output_is_input",
                 )
     if asked.engine == "local":  # the memory of other machines is theirs to tell
-        check_budget(checkpoint.parts, asked.memory_limit, asked.streaming_mode)
+        check_budget(checkpoint.parts, asked.settings(CPU))
 
 
 def check_name(asked: Delivery) -> None:
@@ -213,14 +237,8 @@ def _remarks(asked: Delivery) -> Iterator[str]:
 
 
 def _check_ray(asked: Delivery) -> None:
-    for what, given in (
-        ("`-o -` is", asked.output == "-"),
-        ("several files are", asked.max_shard_size is not None),
-    ):
-        if given:
-            raise UsageError(
-                f"{what} written by this machine alone", hint="leave `--engine ray` out"
-            )
+    if asked.output == "-":
+        raise UsageError("`-o -` is written by this machine alone", hint="leave `--engine ray` out")
     if terminal().plugins:
         raise UsageError(
             "`--plugin` brings a module to this process alone",
@@ -240,22 +258,15 @@ def _stream_bytes(checkpoint: Checkpoint, asked: Delivery, command: str) -> None
         raise UsageError("stdout is closed", hint="name a file")
     where = placing.found(asked, command)
     with here.progress(command) as progress:
-        settings = Settings(
-            workers=asked.workers,
-            memory_limit=asked.memory_limit,
-            device=where,
-            streaming_mode=asked.streaming_mode,
-            vram_limit=asked.vram_limit,
-            on_progress=progress.on_progress,
-        )
         try:
-            stream(checkpoint, here.byte_stream(), settings)
+            stream(checkpoint, here.byte_stream(), asked.settings(where, progress.on_progress))
         except BrokenPipeError as error:
             raise LostReader("the reader of the bytes went away") from error
-    _say_outcomes(checkpoint, command)
+    say_outcomes(checkpoint, command)
 
 
-def _say_outcomes(checkpoint: Checkpoint, command: str) -> None:
+def say_outcomes(checkpoint: Checkpoint, command: str) -> None:
+    """Say what came of the work."""
     for outcome in checkpoint.outcomes:
         for remark in outcome.remarks():
             terminal().say(f"{command}: {remark}")

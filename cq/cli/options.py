@@ -69,6 +69,32 @@ Streaming = Annotated[
         "--streaming-mode", help="How finely layers are cut: off not at all, aggressive most."
     ),
 ]
+QuipCheckpointed = Annotated[
+    bool,
+    typer.Option(
+        "--quip-checkpointed",
+        help="Round wide layers with a calibration in small portions of rows: less memory, the"
+        " same integers.",
+    ),
+]
+CheckpointedThreshold = Annotated[
+    int | None,
+    typer.Option(
+        "--quip-checkpointed-threshold",
+        min=1,
+        metavar="N",
+        help="Columns from which on a layer is wide; default 8192.",
+    ),
+]
+CheckpointedSegments = Annotated[
+    int | None,
+    typer.Option(
+        "--quip-checkpointed-segments",
+        min=2,
+        metavar="N",
+        help="Portions of a wide layer; default 16.",
+    ),
+]
 VramLimit = Annotated[
     str | None,
     typer.Option(

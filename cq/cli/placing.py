@@ -1,7 +1,8 @@
 """Where layers are computed, as commands are asked for it and tell of it.
 
-Owns what `--device`, `--streaming-mode` and `--vram-limit` mean together, and how a plan tells of
-placements. A plan imports no torch, so that of a GPU it knows only what it is told.
+Owns what `--device`, `--streaming-mode`, `--quip-checkpointed` and `--vram-limit` mean together,
+and how a plan tells of placements. A plan imports no torch, so that of a GPU it knows only what it
+is told.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cq.core.checkpoint import Checkpoint, Part
 from cq.core.engine import device, memory
 from cq.core.engine.local import default_workers
 from cq.core.errors import UsageError
-from cq.core.streaming import CPU, Room, placed
+from cq.core.streaming import CPU, Checkpointed, Room
 
 if TYPE_CHECKING:
     from cq.cli.deliver import Delivery
@@ -31,16 +32,32 @@ def check(asked: Delivery) -> None:
             hint="add `--device auto` or `--device cuda`, or leave it out",
             code="usage.device",
         )
-    if asked.engine == "ray" and (asked.device != CPU or asked.streaming_mode != "auto"):
+    if asked.engine == "ray" and ":" in asked.device:
         raise UsageError(
-            "`--engine ray` takes no device and no streaming mode",
-            hint="the workers of the cluster compute on their CPUs",
+            f"`--engine ray` takes no `--device {asked.device}`: Ray gives each worker a GPU",
+            hint="use `--device cuda`, or `--device auto` for GPUs if the cluster has any",
             code="usage.device",
         )
 
 
+def checkpointed(wanted: bool, columns: int | None, segments: int | None) -> Checkpointed | None:
+    """What `--quip-checkpointed` and its two numbers, which ask for it as well, mean together."""
+    if not wanted and columns is None and segments is None:
+        return None
+    usual = Checkpointed()
+    return Checkpointed(
+        usual.columns if columns is None else columns,
+        usual.segments if segments is None else segments,
+    )
+
+
 def found(asked: Delivery, command: str) -> str:
-    """The device that was asked for. Raises: ResourceError if it is not there."""
+    """The device that was asked for; the word itself for a cluster, whose machines are others.
+
+    Raises: ResourceError if it is not there.
+    """
+    if asked.engine != "local":
+        return asked.device
     where = device.found(asked.device)
     if asked.device == device.AUTO:
         terminal().say(f"{command}: `--device auto` is `{where}` here")
@@ -48,10 +65,16 @@ def found(asked: Delivery, command: str) -> str:
 
 
 def remarks(checkpoint: Checkpoint, asked: Delivery) -> Iterator[str]:
-    """What is said of a mode that was asked for and changes nothing."""
-    if asked.streaming_mode == "auto" or asked.device != CPU or asked.engine != "local":
-        return
+    """What is said of modes that were asked for and change nothing."""
     works = [part.work for part in checkpoint.parts if part.work is not None]
+    wide = asked.quip_checkpointed
+    if wide is not None and not any(work.most(wide) < work.segments for work in works):
+        yield (
+            f"`--quip-checkpointed` changes nothing: no layer of {wide.columns} columns or more"
+            " is rounded by a calibration in several segments of rows"
+        )
+    if asked.streaming_mode == "auto" or asked.device != CPU:
+        return
     if not any(work.gains and work.segments > 1 for work in works):
         yield (
             f"`--streaming-mode {asked.streaming_mode}` changes nothing: on the CPU layers are cut"
@@ -64,7 +87,7 @@ def placements(checkpoint: Checkpoint, asked: Delivery) -> list[dict[str, Any]]:
     """Where each layer is computed that can be computed in several places or portions."""
     if asked.engine != "local":
         return []
-    room = _room(checkpoint, asked)
+    room, settings = _room(checkpoint, asked), asked.settings(CPU)
     unknown = {
         "device": asked.device,
         **dict.fromkeys(("segments", "ahead", "nbytes_host", "nbytes_device")),
@@ -74,9 +97,7 @@ def placements(checkpoint: Checkpoint, asked: Delivery) -> list[dict[str, Any]]:
             "tensor": part.name,
             "of_segments": part.work.segments,
             "dtype": part.work.dtype,
-            **(
-                unknown if room is None else placed(part.work, asked.streaming_mode, room).to_dict()
-            ),
+            **(unknown if room is None else settings.placed(part.work, room).to_dict()),
         }
         for part in checkpoint.parts
         if part.work is not None
@@ -91,7 +112,7 @@ def peak(checkpoint: Checkpoint, asked: Delivery | None) -> int:
     def needed(part: Part) -> int:
         if part.work is None or room is None or asked is None:
             return part.nbytes_peak
-        return placed(part.work, asked.streaming_mode, room).nbytes_host
+        return asked.settings(CPU).placed(part.work, room).nbytes_host
 
     return max(map(needed, checkpoint.parts), default=0)
 

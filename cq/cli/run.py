@@ -44,6 +44,9 @@ def register(app: typer.Typer) -> None:
         engine: options.Engine = "local",
         device: options.Device = "cpu",
         streaming_mode: options.Streaming = "auto",
+        quip_checkpointed: options.QuipCheckpointed = False,
+        quip_checkpointed_threshold: options.CheckpointedThreshold = None,
+        quip_checkpointed_segments: options.CheckpointedSegments = None,
         vram_limit: options.VramLimit = None,
     ) -> int:
         """Carry out a manifest: read the sources that it names, apply its stages, write a file.
@@ -57,6 +60,7 @@ def register(app: typer.Typer) -> None:
           cq run plan.json -o merged.safetensors --shard $SLURM_ARRAY_TASK_ID/4
         """
         from cq.cli.deliver import Delivery, deliver
+        from cq.cli.placing import checkpointed
 
         asked = Delivery(
             output=output,
@@ -69,6 +73,9 @@ def register(app: typer.Typer) -> None:
             engine=engine,
             device=device,
             streaming_mode=streaming_mode,
+            quip_checkpointed=checkpointed(
+                quip_checkpointed, quip_checkpointed_threshold, quip_checkpointed_segments
+            ),
             vram_limit=options.parse_size(vram_limit),
         )
         if shard is None:
@@ -81,12 +88,6 @@ def register(app: typer.Typer) -> None:
             raise UsageError(
                 "`--shard` and `--engine` contradict each other",
                 hint="a share is computed by the process that fills it",
-            )
-        if device != "cpu" or streaming_mode != "auto":
-            raise UsageError(
-                "`--shard` takes no device and no streaming mode",
-                hint="shares are computed on the CPU, each of some layers",
-                code="usage.device",
             )
         if max_shard_size is not None:
             raise UsageError(
@@ -107,7 +108,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _run_share(checkpoint: Checkpoint, share: Share, asked: Delivery) -> int:
-    from cq.cli.deliver import check_name, deliver, plan_document
+    from cq.cli import placing
+    from cq.cli.deliver import check_name, deliver, plan_document, say_outcomes, say_retreats
     from cq.core.engine.local import check_budget
     from cq.core.shares import write_share
 
@@ -116,7 +118,11 @@ def _run_share(checkpoint: Checkpoint, share: Share, asked: Delivery) -> int:
     if asked.dry_run:
         return deliver(checkpoint, asked, command="run")
     check_name(asked)
-    check_budget(checkpoint.parts, asked.memory_limit)
+    placing.check(asked)
+    for remark in placing.remarks(checkpoint, asked):
+        here.say(f"run: {remark}")
+    where = placing.found(asked, "run")
+    check_budget(checkpoint.parts, asked.settings(where))
     with here.progress(f"run {share}") as progress:
         try:
             done = write_share(
@@ -124,15 +130,15 @@ def _run_share(checkpoint: Checkpoint, share: Share, asked: Delivery) -> int:
                 asked.output,
                 share,
                 force=asked.force,
-                workers=asked.workers,
-                memory_limit=asked.memory_limit,
-                on_progress=progress.on_progress,
+                settings=asked.settings(where, progress.on_progress),
             )
         except KeyboardInterrupt as error:
             raise Interrupted(
                 "interrupted", hint="run the same share again to go on with what is finished"
             ) from error
     here.say(f"run: {_told(done, share, asked.output)}")
+    say_retreats(done.written, where, "run")
+    say_outcomes(checkpoint, "run")
     if here.json:
         progress_of = {
             "number": share.number,

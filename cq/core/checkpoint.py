@@ -118,6 +118,15 @@ class Outcome(Protocol):
         """As plain JSON."""
         ...
 
+    def handed_over(self) -> Any:
+        """What is known here, for the same outcome in another process, as plain JSON; it is
+        forgotten here."""
+        ...
+
+    def take_over(self, known: Any) -> None:
+        """Add what another process has handed over."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Checkpoint:
@@ -162,6 +171,16 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors together, without the header."""
         return sum(part.nbytes for part in self.parts)
+
+    def narrowed(self, names: Iterable[str]) -> Checkpoint:
+        """This checkpoint without the tensors that are not in `names`."""
+        wanted = set(names)
+        parts = []
+        for part in self.parts:
+            own = [name for name in part.tensors if name in wanted]
+            if own:
+                parts.append(part if len(own) == len(part.tensors) else narrowed(part, own))
+        return dataclasses.replace(self, parts=tuple(parts))
 
     def part(self, name: str) -> Part:
         """The part that produces the tensor `name`."""

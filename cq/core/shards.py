@@ -6,7 +6,6 @@ them, is written last. Each file is an output of its own, resumed and committed 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,14 +19,14 @@ from typing import Any
 import orjson
 
 from cq.core import files, laid_out, manifest, sink
-from cq.core.checkpoint import Checkpoint, Part, narrowed
+from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import TensorSpec
 from cq.core.engine.local import Progress
 from cq.core.errors import InputError, PlanError, ResourceError, UsageError
 from cq.core.source import INDEX_SUFFIX
-from cq.core.streaming import CPU, StreamingMode
+from cq.core.streaming import CPU, Checkpointed, StreamingMode
 from cq.core.text import as_text
-from cq.core.write import Written, write
+from cq.core.write import Engine, Written, connected, write
 
 _SUFFIX = ".safetensors"
 # What a tensor's entry in a header takes at most, beside its name and the sizes in its shape
@@ -81,9 +80,7 @@ def plan(checkpoint: Checkpoint, index: Path, max_bytes: int) -> tuple[Shard, ..
         size += nbytes
     stem, count = index.name.removesuffix(INDEX_SUFFIX), len(groups)
     return tuple(
-        Shard(
-            index.with_name(f"{stem}-{i:05}-of-{count:05}{_SUFFIX}"), _narrowed(checkpoint, names)
-        )
+        Shard(index.with_name(f"{stem}-{i:05}-of-{count:05}{_SUFFIX}"), checkpoint.narrowed(names))
         for i, names in enumerate(groups, 1)
     )
 
@@ -103,16 +100,6 @@ def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
 def _nbytes(name: str, spec: TensorSpec) -> int:
     """What a tensor takes in a file, at most."""
     return spec.nbytes + len(json.dumps(name)) + _ENTRY_BYTES + _SIDE_BYTES * len(spec.shape)
-
-
-def _narrowed(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    wanted = set(names)
-    parts: list[Part] = []
-    for part in checkpoint.parts:
-        own = [name for name in part.tensors if name in wanted]
-        if own:
-            parts.append(part if len(own) == len(part.tensors) else narrowed(part, own))
-    return dataclasses.replace(checkpoint, parts=tuple(parts))
 
 
 def check_targets(
@@ -152,8 +139,10 @@ def write_shards(
     restart: bool = False,
     workers: int | None = None,
     memory_limit: int | None = None,
+    engine: Engine = "local",
     device: str = CPU,
     streaming_mode: StreamingMode = "auto",
+    quip_checkpointed: Checkpointed | None = None,
     vram_limit: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Written:
@@ -173,39 +162,42 @@ def write_shards(
     nbytes = parts = resumed = written_bytes = 0
     total = sum(shard.checkpoint.nbytes for shard in shards)
     retreated: set[str] = set()
-    for shard in shards:
-        own = len(shard.checkpoint.parts)
-        if shard.path.name in done:
-            _drop(sink.working_files(shard.path)[1])  # left by a kill right after the name
-            nbytes += shard.path.stat().st_size
-            resumed += own
-        else:
-            # A kill may come between the shard's name and the next note.
-            begun = {"shard": shard.path.name, "in_the_way": _identity(shard.path)}
-            _put(index, {"work": digest, "finished": done, "begun": begun}, _notes(index))
-            try:
-                written = write(
-                    shard.checkpoint,
-                    shard.path,
-                    force=force or shard.path.name in left,
-                    restart=restart,
-                    workers=workers,
-                    memory_limit=memory_limit,
-                    device=device,
-                    streaming_mode=streaming_mode,
-                    vram_limit=vram_limit,
-                    on_progress=_shifted(on_progress, written_bytes, total, parts),
-                )
-            except (InputError, ResourceError):
-                if not done:  # nothing to go on from
-                    _drop(_notes(index))
-                raise
-            nbytes += written.nbytes
-            resumed += written.parts_resumed
-            retreated.update(written.retreated)
-            done[shard.path.name] = _identity(shard.path)
-        parts += own
-        written_bytes += shard.checkpoint.nbytes
+    with connected(engine, workers):
+        for shard in shards:
+            own = len(shard.checkpoint.parts)
+            if shard.path.name in done:
+                _drop(sink.working_files(shard.path)[1])  # left by a kill right after the name
+                nbytes += shard.path.stat().st_size
+                resumed += own
+            else:
+                # A kill may come between the shard's name and the next note.
+                begun = {"shard": shard.path.name, "in_the_way": _identity(shard.path)}
+                _put(index, {"work": digest, "finished": done, "begun": begun}, _notes(index))
+                try:
+                    written = write(
+                        shard.checkpoint,
+                        shard.path,
+                        force=force or shard.path.name in left,
+                        restart=restart,
+                        workers=workers,
+                        memory_limit=memory_limit,
+                        engine=engine,
+                        device=device,
+                        streaming_mode=streaming_mode,
+                        quip_checkpointed=quip_checkpointed,
+                        vram_limit=vram_limit,
+                        on_progress=_shifted(on_progress, written_bytes, total, parts),
+                    )
+                except (InputError, ResourceError):
+                    if not done:  # nothing to go on from
+                        _drop(_notes(index))
+                    raise
+                nbytes += written.nbytes
+                resumed += written.parts_resumed
+                retreated.update(written.retreated)
+                done[shard.path.name] = _identity(shard.path)
+            parts += own
+            written_bytes += shard.checkpoint.nbytes
     placed = {name: shard.path.name for shard in shards for name in shard.checkpoint.specs}
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
     # Killed between the index's name and the end of the notes, these speak of nothing unfinished.

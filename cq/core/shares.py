@@ -19,9 +19,9 @@ import heapq
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -103,19 +103,18 @@ def write_share(
     share: Share,
     *,
     force: bool = False,
-    workers: int | None = None,
-    memory_limit: int | None = None,
-    on_progress: Callable[[local.Progress], None] | None = None,
+    settings: local.Settings | None = None,
 ) -> ShareDone:
-    """Write the share `share` of `checkpoint` towards `path`, going on from where a died process of
-    the same share stopped; `path` appears when all shares are done. A file that is there already
-    and is this checkpoint's is left as it is.
+    """Write the share `share` of `checkpoint` towards `path`, run as the `settings` say, going on
+    from where a died process of the same share stopped; `path` appears when all shares are done. A
+    file that is there already and is this checkpoint's is left as it is.
 
     Raises: PlanError, InputError or ResourceError. What this and other shares have finished stays
     for the next run of this one, unless no share had begun anything.
     """
     started = time.monotonic()
-    settings = local.Settings(workers=workers, memory_limit=memory_limit, on_progress=on_progress)
+    retreated: list[str] = []
+    settings = replace(settings or local.Settings(), on_retreat=retreated.append)
     sink = ShareSink(checkpoint, Path(path), share, force=force)
 
     def written(resumed: int) -> Written:
@@ -126,6 +125,7 @@ def write_share(
             parts=len(sink.own),
             parts_resumed=resumed,
             digest=sink.digest,
+            retreated=tuple(sorted(set(retreated))),
         )
 
     if sink.is_whole():

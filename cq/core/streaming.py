@@ -19,18 +19,29 @@ CPU = "cpu"
 DTYPE = "float32"  # of all rounding, but for products that are asked for in bfloat16
 
 
+class Checkpointed(NamedTuple):
+    """What `--quip-checkpointed` asks for: a layer of at least so many `columns` that is rounded by
+    a calibration is rounded in at least so many `segments` of rows, one after the other. Rows are
+    independent of each other, so that the integers are the same."""
+
+    columns: int = 8192
+    segments: int = 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """What producing a part takes, as far as its rows can be cut.
 
-    `weights` come in row segments of `cut`, of which `usual` go together where nothing presses;
-    `gains` says that more together are less work on the CPU, too. `nbytes_host` are held on the
-    host wherever it is computed (sources, what the writer holds); where it is computed
-    `nbytes_fixed`, and `nbytes_weight` for each weight that is taken together; `nbytes_staged` for
-    each that is on its way to a device, as it was read. `dtype` is that of the largest products.
+    `weights`, in rows of `columns`, come in row segments of `cut`, of which `usual` go together
+    where nothing presses; `gains` says that more together are less work on the CPU, too.
+    `nbytes_host` are held on the host wherever it is computed (sources, what the writer holds);
+    where it is computed `nbytes_fixed`, and `nbytes_weight` for each weight that is taken together;
+    `nbytes_staged` for each that is on its way to a device, as it was read. `dtype` is that of the
+    largest products.
     """
 
     weights: int
+    columns: int
     cut: int
     usual: int
     gains: bool
@@ -44,6 +55,12 @@ class Work:
     def segments(self) -> int:
         """The row segments of all the weights."""
         return -(-self.weights // self.cut)
+
+    def most(self, checkpointed: Checkpointed | None) -> int:
+        """The row segments that may go together, if wide layers are `checkpointed`."""
+        if checkpointed is None or not self.gains or self.columns < checkpointed.columns:
+            return self.segments
+        return -(-self.segments // checkpointed.segments)
 
     def on_cpu(self, segments: int) -> int:
         """Bytes of the host, if so many segments are computed here together."""
@@ -120,14 +137,16 @@ _POLICIES: dict[StreamingMode, _Policy] = {
 }
 
 
-def placed(work: Work, mode: StreamingMode, room: Room) -> Placement:
+def placed(
+    work: Work, mode: StreamingMode, room: Room, checkpointed: Checkpointed | None = None
+) -> Placement:
     """Where and how `work` is done in `room`.
 
     More VRAM never means fewer segments on the device. What does not fit there is computed on the
     CPU; what does not fit there either gets the placement that needs least, whose bytes tell so.
     """
     if room.device != CPU:
-        segments = _on_device(work, _POLICIES[mode], room.vram)
+        segments = _on_device(work, _POLICIES[mode], room.vram, work.most(checkpointed))
         if segments:
             ahead = min(_POLICIES[mode].ahead, work.segments - segments)
             return Placement(
@@ -138,7 +157,7 @@ def placed(work: Work, mode: StreamingMode, room: Room) -> Placement:
                 nbytes_host=work.beside_device(segments, ahead),
                 nbytes_device=work.on_device(segments, ahead),
             )
-    segments = _on_cpu(work, mode, room)
+    segments = _on_cpu(work, mode, room, work.most(checkpointed))
     return Placement(
         device=CPU,
         segments=segments,
@@ -149,12 +168,11 @@ def placed(work: Work, mode: StreamingMode, room: Room) -> Placement:
     )
 
 
-def _on_device(work: Work, policy: _Policy, vram: int) -> int:
-    """Segments that go together on a device with so many bytes; 0 if none do."""
+def _on_device(work: Work, policy: _Policy, vram: int, most: int) -> int:
+    """Segments that go together on a device with so many bytes, at most `most`; 0 if none do."""
     if not policy.cuts:
-        return work.segments if work.on_device(work.segments, 0) <= vram else 0
-    most = 1 if policy.one else work.usual if policy.usual else work.segments
-    most = min(most, work.segments)
+        return most if work.on_device(most, 0) <= vram else 0
+    most = min(most, 1 if policy.one else work.usual if policy.usual else most)
 
     def fits(segments: int, share: int) -> bool:
         ahead = min(policy.ahead, work.segments - segments)
@@ -164,15 +182,15 @@ def _on_device(work: Work, policy: _Policy, vram: int) -> int:
     return found or int(fits(1, 1))
 
 
-def _on_cpu(work: Work, mode: StreamingMode, room: Room) -> int:
-    """Segments that go together on the CPU, at least one."""
+def _on_cpu(work: Work, mode: StreamingMode, room: Room, most: int) -> int:
+    """Segments that go together on the CPU, at least one and at most `most`."""
     if not work.gains:  # rows are no less work together, and take more memory
         return 1
     if mode == "off":
-        return work.segments
+        return most
     if mode == "aggressive":
         return 1
-    most = work.segments if mode == "minimal" else min(work.usual, work.segments)
+    most = most if mode == "minimal" else min(work.usual, most)
     parts = 1 if mode == "minimal" else room.workers
     found = _largest(most, lambda n: work.on_cpu(n) * parts <= room.host)
     return found or 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -14,7 +15,7 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.engine import local
 from cq.core.engine.device import parse_device
 from cq.core.sink import FileSink, Sink, StreamSink
-from cq.core.streaming import CPU, StreamingMode
+from cq.core.streaming import CPU, Checkpointed, StreamingMode
 from cq.core.text import as_text
 
 Engine = Literal["local", "ray"]
@@ -66,6 +67,7 @@ def write(
     engine: Engine = "local",
     device: str = CPU,
     streaming_mode: StreamingMode = "auto",
+    quip_checkpointed: Checkpointed | None = None,
     vram_limit: int | None = None,
     on_progress: Callable[[local.Progress], None] | None = None,
 ) -> Written:
@@ -76,7 +78,8 @@ def write(
     `restart` discards unfinished work of another command. `memory_limit` is in bytes. `engine` says
     where the parts run: on threads here, or on a Ray cluster that shares the file system. `device`
     (`cpu`, `auto`, `cuda`, `cuda:N`) computes what it can, within `vram_limit` bytes, in portions
-    of the `streaming_mode` (see docs/devices.md); not with Ray.
+    of the `streaming_mode`, smaller ones where a layer is `quip_checkpointed` (see
+    docs/devices.md).
 
     Raises: PlanError, InputError or ResourceError; afterwards nothing is left under `path`.
     KeyboardInterrupt keeps what is finished for the next run.
@@ -87,6 +90,7 @@ def write(
         memory_limit=memory_limit,
         device=parse_device(device),
         streaming_mode=streaming_mode,
+        quip_checkpointed=quip_checkpointed,
         vram_limit=vram_limit,
         on_progress=on_progress,
         on_retreat=retreated.append,
@@ -111,6 +115,15 @@ def write(
         digest=sink.digest,
         retreated=tuple(sorted(set(retreated))),
     )
+
+
+def connected(engine: Engine, workers: int | None) -> AbstractContextManager[Any]:
+    """Within it several outputs are written by one connection to the cluster, if it is one."""
+    if engine == "local":
+        return nullcontext()
+    from cq.core.engine import ray
+
+    return ray.cluster(workers)
 
 
 def stream(checkpoint: Checkpoint, out: IO[bytes], settings: local.Settings) -> None:

@@ -20,7 +20,16 @@ from cq.core.checkpoint import Part, Piece
 from cq.core.dtypes import TensorSpec, spec_of
 from cq.core.engine import device, groups, memory
 from cq.core.errors import InternalError, ResourceError
-from cq.core.streaming import CPU, Placement, Room, StreamingMode, offered, placed
+from cq.core.streaming import (
+    CPU,
+    Checkpointed,
+    Placement,
+    Room,
+    StreamingMode,
+    Work,
+    offered,
+    placed,
+)
 
 
 class Progress(NamedTuple):
@@ -37,16 +46,22 @@ class Progress(NamedTuple):
 class Settings:
     """How to run. `workers` None is one per core; `memory_limit` in bytes bounds the parts in
     flight together, None is half of what the machine has free. `device` computes what can be
-    computed there, in portions of the `streaming_mode`, within `vram_limit` bytes; None is most of
-    what is free. `on_retreat` is told the names of parts for which its memory ran out."""
+    computed there, in portions of the `streaming_mode`, smaller ones where a layer is
+    `quip_checkpointed`, within `vram_limit` bytes; None is most of what is free. `on_retreat` is
+    told the names of parts for which its memory ran out."""
 
     workers: int | None = None
     memory_limit: int | None = None
     device: str = CPU
     streaming_mode: StreamingMode = "auto"
+    quip_checkpointed: Checkpointed | None = None
     vram_limit: int | None = None
     on_progress: Callable[[Progress], None] | None = None
     on_retreat: Callable[[str], None] | None = None
+
+    def placed(self, work: Work, room: Room) -> Placement:
+        """Where and how `work` is done in `room`, run so."""
+        return placed(work, self.streaming_mode, room, self.quip_checkpointed)
 
 
 class Worker:
@@ -125,34 +140,33 @@ def run(
     Raises: the first error of any worker, after the others have stopped; ResourceError before any
     work if a part alone exceeds the budget; KeyboardInterrupt after an orderly stop.
     """
-    limit = check_budget(parts, settings.memory_limit, settings.streaming_mode)
+    limit = check_budget(parts, settings)
     where = device.found(settings.device)
     room = Room(host=limit, device=where, vram=device.vram(where, settings.vram_limit))
     _Runner(parts, work, settings, room, skip).run()
 
 
-def check_budget(
-    parts: Sequence[Part], memory_limit: int | None, streaming_mode: StreamingMode = "auto"
-) -> int:
+def check_budget(parts: Sequence[Part], settings: Settings) -> int:
     """The budget in bytes, once it is known that every part fits into it, computed on the CPU, in
     as small portions as the mode allows.
 
     Raises: ResourceError with the figure needed if a part alone exceeds it.
     """
-    limit = memory.default_limit() if memory_limit is None else memory_limit
+    limit = memory.default_limit() if settings.memory_limit is None else settings.memory_limit
+    whole = settings.streaming_mode == "off"
 
     def needed(part: Part) -> int:
-        if part.work is None or (streaming_mode != "off" and part.nbytes_peak <= limit):
+        if part.work is None or (not whole and part.nbytes_peak <= limit):
             return part.nbytes_peak
-        return placed(part.work, streaming_mode, Room(host=limit)).nbytes_host
+        return settings.placed(part.work, Room(host=limit)).nbytes_host
 
     largest = max(parts, key=needed, default=None)
     if largest is not None and needed(largest) > limit:
-        whole = "; `--streaming-mode auto` needs less" if streaming_mode == "off" else ""
+        less = "; `--streaming-mode auto` needs less" if whole else ""
         raise ResourceError(
             f"layer `{largest.name}` needs {needed(largest) / 1e6:.1f} MB,"
             f" over the memory limit of {limit / 1e6:.1f} MB",
-            hint=f"raise `--memory-limit`{whole}",
+            hint=f"raise `--memory-limit`{less}",
             code="resource.memory",
         )
     return limit
@@ -170,7 +184,7 @@ class _Runner:
         self.stop = threading.Event()
         self._work = work
         self._limit = room.host
-        self._mode = settings.streaming_mode
+        self._placed = settings.placed
         self._on_progress = settings.on_progress
         self._on_retreat = settings.on_retreat
         self._queue = [(i, part) for i, part in enumerate(parts) if i not in skip]
@@ -262,7 +276,7 @@ class _Runner:
             while not self.stop.is_set() and self._next < len(self._queue):
                 index, part = self._queue[self._next]
                 work, room = part.work, self._room
-                placement = None if work is None else placed(work, self._mode, room)
+                placement = None if work is None else self._placed(work, room)
                 here, there = _needs(part, placement)
                 if not self._running or (
                     self._in_flight + here <= self._limit

@@ -3,7 +3,8 @@
 Owns what is a task, what it asks of a machine, and what becomes of it when a worker dies. The
 output is laid out, journalled and committed by whoever asked for it; the workers write at offsets
 of the same file, so the file system must be shared. A task that is done twice writes the same bytes
-twice. Ray comes with `pip install 'cq[ray]'` and is imported when it is asked for.
+twice. Layers that a GPU is to compute are tasks that ask Ray for one; all others ask for none. Ray
+comes with `pip install 'cq[ray]'` and is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -12,54 +13,104 @@ import importlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import orjson
 
 from cq.core import errors, files, manifest
 from cq.core.checkpoint import Checkpoint, Part
-from cq.core.engine import local, memory
+from cq.core.engine import device, local, memory
 from cq.core.errors import CqError, InternalError, PlanError, ResourceError
 from cq.core.laid_out import OpenFile, names_of
 from cq.core.sink import FileSink
+from cq.core.streaming import CPU, Checkpointed, Room
 from cq.core.write import fill as fill_here
 
 _RETRIES = 3  # of a task whose worker died
 _BATCHES_PER_WORKER = 12  # so that the last ones end together
 _BATCH_BYTES = 64 << 20  # of output; what costs more than a task's overhead anyway
 _SMALL_BYTES = 1 << 20
-_IN_FLIGHT = 2  # tasks per core, so that none waits for this process
+_IN_FLIGHT = 2  # tasks per core or GPU, so that none waits for this process
 _STORE_BYTES = 80 << 20  # Ray's least; nothing of ours is kept there
 _WAIT_SECONDS = 0.5
 _CANCEL_SECONDS = 30.0
 _CACHED: dict[str, Checkpoint] = {}  # in a worker process: the checkpoint it works on, by its name
 
 
+class Task(NamedTuple):
+    """The parts that are one task, and whether it needs a GPU."""
+
+    indexes: tuple[int, ...]
+    gpu: bool = False
+
+
 def fill(sink: FileSink, checkpoint: Checkpoint, settings: local.Settings) -> None:
     """Run every part that `sink` does not have yet on a Ray cluster: the one that RAY_ADDRESS
     names or this process has joined, else one of this machine alone, of `settings.workers` cores.
+    The device `cuda` is one GPU of the cluster for each task that can use it, `auto` the same if it
+    has any.
 
-    Raises: ResourceError if Ray is not installed, no machine is large enough, or workers keep
-    dying; the first error of any worker; KeyboardInterrupt after an orderly stop.
+    Raises: ResourceError if Ray is not installed, no machine is large enough or has what was asked
+    for, or workers keep dying; the first error of any worker; KeyboardInterrupt after an orderly
+    stop.
     """
-    raw = orjson.dumps(manifest.document(checkpoint))
-    _, _, dated = names_of(checkpoint, sink.head)
-    order = {"manifest": raw, "work": dated, "partial": str(sink.partial)}
-    missing = [i for i in range(len(checkpoint.parts)) if i not in sink.finished]
+    parts = checkpoint.parts
+    missing = [i for i in range(len(parts)) if i not in sink.finished]
     if not missing:
         return
-    with _cluster(settings.workers) as ray:
+    with cluster(settings.workers) as ray:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        cores = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
+        cores, gpus = (int(_offered(nodes, kind)) for kind in ("CPU", "GPU"))
         workers = max(1, min(cores, settings.workers or cores))
-        tasks = batches(checkpoint.parts, missing, workers)
-        _check_memory(checkpoint.parts, missing, nodes, settings.memory_limit)
-        limit = settings.workers or workers * _IN_FLIGHT
-        _Driver(ray, sink, checkpoint, settings, order).run(tasks, limit)
+        settings = replace(settings, device=device_of(settings.device, gpus))
+        _check_memory(parts, missing, nodes, settings)
+        tasks = tasks_of(parts, missing, settings, workers, gpus)
+        limits = settings.workers or workers * _IN_FLIGHT, gpus * _IN_FLIGHT
+        _Driver(ray, sink, checkpoint, settings).run(tasks, limits)
+
+
+def _offered(nodes: Sequence[Any], kind: str) -> float:
+    return sum(float(node["Resources"].get(kind, 0)) for node in nodes)
+
+
+def device_of(asked: str, gpus: int) -> str:
+    """The device of tasks that can use one, by what was asked for and the cluster's GPUs."""
+    if asked == CPU or (asked == device.AUTO and not gpus):
+        return CPU
+    if not gpus:
+        raise ResourceError(
+            "no machine of the Ray cluster offers a GPU",
+            hint="leave `--device` out to compute on the CPUs",
+            code="resource.device",
+        )
+    return "cuda"
+
+
+def _on_gpu(part: Part, settings: local.Settings) -> bool:
+    return settings.device != CPU and part.work is not None
+
+
+def tasks_of(
+    parts: Sequence[Part],
+    indexes: Sequence[int],
+    settings: local.Settings,
+    workers: int,
+    gpus: int,
+) -> tuple[list[Task], list[Task]]:
+    """`indexes` as tasks without and with a GPU, for so many workers and GPUs."""
+    split: tuple[list[int], list[int]] = [], []
+    for index in indexes:
+        split[_on_gpu(parts[index], settings)].append(index)
+    return (
+        [Task(each) for each in batches(parts, split[0], workers)],
+        [Task(each, gpu=True) for each in batches(parts, split[1], max(1, gpus))],
+    )
 
 
 def batches(parts: Sequence[Part], indexes: Sequence[int], workers: int) -> list[tuple[int, ...]]:
@@ -79,22 +130,28 @@ def batches(parts: Sequence[Part], indexes: Sequence[int], workers: int) -> list
     return [tuple(batch) for batch in found]
 
 
-def _needed(parts: Sequence[Part], indexes: Sequence[int]) -> int:
-    return max(parts[i].nbytes_peak for i in indexes) + memory.LIBRARY_BYTES
+def needed(part: Part, settings: local.Settings) -> int:
+    """Bytes of a machine that the part takes at most, torch included."""
+    work, nbytes = part.work, part.nbytes_peak
+    if work is not None:
+        room = Room(host=settings.memory_limit or sys.maxsize)
+        nbytes = settings.placed(work, room).nbytes_host  # also where a GPU has no room for it
+        if _on_gpu(part, settings):
+            nbytes = max(nbytes, work.beside_device(work.segments, 0))
+    return nbytes + memory.LIBRARY_BYTES
 
 
 def _check_memory(
-    parts: Sequence[Part], indexes: Sequence[int], nodes: Sequence[Any], limit: int | None
+    parts: Sequence[Part], indexes: Sequence[int], nodes: Sequence[Any], settings: local.Settings
 ) -> None:
     """Ray lets a task that no machine can take wait for ever; this one is refused."""
-    if limit is not None:
-        local.check_budget(parts, limit)
-    largest = max(indexes, key=lambda i: parts[i].nbytes_peak)
-    needed = _needed(parts, [largest])
+    if settings.memory_limit is not None:
+        local.check_budget(parts, settings)
+    nbytes, largest = max((needed(parts[i], settings), i) for i in indexes)
     there = max((n["Resources"].get("memory", 0) for n in nodes), default=0)
-    if needed > there:
+    if nbytes > there:
         raise ResourceError(
-            f"layer `{parts[largest].name}` needs {needed / 1e6:.1f} MB, torch included, and the"
+            f"layer `{parts[largest].name}` needs {nbytes / 1e6:.1f} MB, torch included, and the"
             f" largest machine of the cluster offers {there / 1e6:.1f} MB",
             hint="add a larger machine to the cluster",
             code="resource.memory",
@@ -110,36 +167,42 @@ class _Driver:
         sink: FileSink,
         checkpoint: Checkpoint,
         settings: local.Settings,
-        order: Mapping[str, Any],
     ) -> None:
         self._ray = ray
         self._sink = sink
         self._parts = checkpoint.parts
-        self._on_progress = settings.on_progress
-        self._order = ray.put(dict(order))
+        self._outcomes = checkpoint.outcomes
+        self._settings = settings
+        self._order = ray.put(order_of(checkpoint, sink, settings))
         self._remote = ray.remote(max_retries=_RETRIES, num_cpus=1)(fill_batch)
-        self._pending: dict[Any, tuple[int, ...]] = {}
+        self._pending: dict[Any, Task] = {}
         self._done = sum(self._parts[i].nbytes for i in sink.finished)
         self._total = sum(part.nbytes for part in self._parts)
 
-    def run(self, tasks: Sequence[tuple[int, ...]], limit: int) -> None:
-        waiting = deque(tasks)
+    def run(self, tasks: Sequence[Sequence[Task]], limits: Sequence[int]) -> None:
+        """Tasks without and with a GPU, at most so many of each handed out at a time."""
+        waiting = [deque(each) for each in tasks]
         try:
-            while waiting or self._pending:
-                while waiting and len(self._pending) < limit:
-                    batch = waiting.popleft()
-                    remote = self._remote.options(memory=_needed(self._parts, batch))
-                    self._pending[remote.remote(self._order, batch)] = batch
+            while any(waiting) or self._pending:
+                for kind, (queue, limit) in enumerate(zip(waiting, limits, strict=True)):
+                    out = sum(task.gpu == bool(kind) for task in self._pending.values())
+                    for task in [queue.popleft() for _ in range(min(len(queue), limit - out))]:
+                        self._hand_out(task)
                 ready, _ = self._ray.wait(list(self._pending), timeout=_WAIT_SECONDS)
-                for task in ready:
-                    self._take(task)
+                for remote in ready:
+                    self._take(remote)
         finally:
             self._call_off()
 
-    def _take(self, task: Any) -> None:
-        batch = self._pending.pop(task)
+    def _hand_out(self, task: Task) -> None:
+        nbytes = max(needed(self._parts[i], self._settings) for i in task.indexes)
+        remote = self._remote.options(memory=nbytes, num_gpus=int(task.gpu))
+        self._pending[remote.remote(self._order, task)] = task
+
+    def _take(self, remote: Any) -> None:
+        batch = self._pending.pop(remote).indexes
         try:
-            failure = self._ray.get(task)
+            told = self._ray.get(remote)
         except self._ray.exceptions.RayError as error:
             raise ResourceError(
                 f"the workers that computed `{self._parts[batch[0]].name}` died, {_RETRIES + 1}"
@@ -147,24 +210,29 @@ class _Driver:
                 hint="look at Ray's logs; out of memory is the usual reason",
                 code="resource.worker",
             ) from error
-        if failure is not None:
-            raise _error(failure)
+        if told["error"] is not None:
+            raise _error(told["error"])
+        for name in told["retreated"]:
+            if self._settings.on_retreat is not None:
+                self._settings.on_retreat(name)
+        for outcome, known in zip(self._outcomes, told["outcomes"], strict=True):
+            outcome.take_over(known)
         for index in batch:
             self._sink.part_done(index)
             self._done += self._parts[index].nbytes
-        if self._on_progress is not None:
+        if self._settings.on_progress is not None:
             done = len(self._sink.finished)
             name = self._parts[batch[-1]].name
             event = local.Progress(self._done, self._total, done, len(self._parts), name)
-            self._on_progress(event)
+            self._settings.on_progress(event)
 
     def _call_off(self) -> None:
         """Leave nobody writing: the partial file may be somebody else's next."""
         if not self._pending:
             return
-        for task in self._pending:
+        for remote in self._pending:
             with suppress(self._ray.exceptions.RayError, ValueError):
-                self._ray.cancel(task, force=True)
+                self._ray.cancel(remote, force=True)
         with suppress(self._ray.exceptions.RayError):
             self._ray.wait(
                 list(self._pending), num_returns=len(self._pending), timeout=_CANCEL_SECONDS
@@ -172,8 +240,11 @@ class _Driver:
 
 
 @contextmanager
-def _cluster(workers: int | None) -> Iterator[Any]:
-    """Ray, connected."""
+def cluster(workers: int | None) -> Iterator[Any]:
+    """Ray, connected; within another `cluster` to the same one.
+
+    Raises: ResourceError if it is not installed or cannot be started.
+    """
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
@@ -236,18 +307,50 @@ def _signals_later() -> Iterator[None]:
         signal.raise_signal(late)
 
 
-def fill_batch(order: Mapping[str, Any], indexes: Sequence[int]) -> dict[str, Any] | None:
-    """In a worker process: write the parts `indexes` into the partial file and bring them to the
-    disk. What went wrong, or None."""
+def order_of(checkpoint: Checkpoint, sink: FileSink, settings: local.Settings) -> dict[str, Any]:
+    """What workers must know to do any task of the work."""
+    return {
+        "manifest": orjson.dumps(manifest.document(checkpoint)),
+        "work": names_of(checkpoint, sink.head)[2],
+        "tensors": orjson.dumps(list(checkpoint.specs)),
+        "partial": str(sink.partial),
+        "memory_limit": settings.memory_limit,
+        "device": settings.device,
+        "streaming_mode": settings.streaming_mode,
+        "quip_checkpointed": settings.quip_checkpointed,
+        "vram_limit": settings.vram_limit,
+    }
+
+
+def _settings(order: Mapping[str, Any], parts: Sequence[Part], task: Task) -> local.Settings:
+    """How a worker runs: one part at a time, since Ray has admitted the task by its largest."""
+    wide = order["quip_checkpointed"]
+    asked = local.Settings(
+        workers=1,
+        memory_limit=order["memory_limit"],
+        device=order["device"] if task.gpu else CPU,
+        streaming_mode=order["streaming_mode"],
+        quip_checkpointed=None if wide is None else Checkpointed(*wide),
+        vram_limit=order["vram_limit"],
+    )
+    return replace(asked, memory_limit=max(needed(parts[i], asked) for i in task.indexes))
+
+
+def fill_batch(order: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """In a worker process: write the parts of the task into the partial file and bring them to the
+    disk. What went wrong, if anything, the layers for which a GPU had no room, and what came of the
+    others."""
+    told: dict[str, Any] = {"error": None, "retreated": [], "outcomes": []}
     try:
         checkpoint = _checkpoint(order)
+        settings = _settings(order, checkpoint.parts, task)
+        settings = replace(settings, on_retreat=told["retreated"].append)
         with _Placed(checkpoint, order["partial"]) as file:
-            # One part at a time: Ray has admitted this task by its largest.
-            settings = local.Settings(workers=1, memory_limit=_needed(checkpoint.parts, indexes))
-            fill_here(file, checkpoint, settings, only=indexes)
+            fill_here(file, checkpoint, settings, only=task.indexes)
             os.fsync(file.fd)
+        told["outcomes"] = [outcome.handed_over() for outcome in checkpoint.outcomes]
     except CqError as error:
-        return {"class": type(error).__name__, **error.to_dict()}
+        told["error"] = {"class": type(error).__name__, **error.to_dict()}
     except OSError as error:
         failure = ResourceError(
             f"cannot write `{order['partial']}` on `{socket.gethostname()}`:"
@@ -255,8 +358,8 @@ def fill_batch(order: Mapping[str, Any], indexes: Sequence[int]) -> dict[str, An
             hint="free some space; see that all machines share the file system",
             code="resource.output",
         )
-        return {"class": "ResourceError", **failure.to_dict()}
-    return None
+        told["error"] = {"class": "ResourceError", **failure.to_dict()}
+    return told
 
 
 def _checkpoint(order: Mapping[str, Any]) -> Checkpoint:
@@ -264,6 +367,8 @@ def _checkpoint(order: Mapping[str, Any]) -> Checkpoint:
     if name not in _CACHED:
         _CACHED.clear()
         found = manifest.load(order["manifest"], where="the manifest of the task")
+        # Of several files, one holds some of the tensors.
+        found = found.narrowed(orjson.loads(order["tensors"]))
         if names_of(found, OpenFile(found).head)[2] != name:
             raise PlanError(
                 f"the worker on `{socket.gethostname()}` makes something else of the manifest",
