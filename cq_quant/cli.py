@@ -193,8 +193,8 @@ def register(app: typer.Typer) -> None:
         device: options.Device = "cpu",
         streaming_mode: options.Streaming = "auto",
         quip_checkpointed: options.QuipCheckpointed = False,
-        quip_checkpointed_threshold: options.CheckpointedThreshold = None,
-        quip_checkpointed_segments: options.CheckpointedSegments = None,
+        threshold: options.CheckpointedThreshold = None,
+        segments: options.CheckpointedSegments = None,
         vram_limit: options.VramLimit = None,
     ) -> int:
         """Quantize the linear layers of a checkpoint so that ComfyUI loads it natively.
@@ -220,7 +220,6 @@ def register(app: typer.Typer) -> None:
 
         if defer and output is not None:
             raise UsageError("`--defer` writes no file, so it takes no `-o`")
-        limit = options.parse_size(memory_limit)
         source = options.open_input(model)
         checkpoint = quantize(
             source,
@@ -248,26 +247,21 @@ def register(app: typer.Typer) -> None:
             equalize=equalize,
         )
         known = know((NativeNames().apply(source) if native_names else source).specs, family)
-        named = output is not None
-        if output is None and not defer:
-            output = default_output(checkpoint)
         return deliver(
             checkpoint,
             Delivery(
-                output=output,
-                named=named,
+                output=default_output(checkpoint) if output is None and not defer else output,
+                named=output is not None,
                 force=force,
                 restart=restart,
                 max_shard_size=options.parse_size(max_shard_size),
                 dry_run=dry_run,
                 workers=workers,
-                memory_limit=limit,
+                memory_limit=options.parse_size(memory_limit),
                 engine=engine,
                 device=device,
                 streaming_mode=streaming_mode,
-                quip_checkpointed=checkpointed(
-                    quip_checkpointed, quip_checkpointed_threshold, quip_checkpointed_segments
-                ),
+                quip_checkpointed=checkpointed(quip_checkpointed, threshold, segments),
                 vram_limit=options.parse_size(vram_limit),
             ),
             command="quant",

@@ -45,8 +45,8 @@ def register(app: typer.Typer) -> None:
         device: options.Device = "cpu",
         streaming_mode: options.Streaming = "auto",
         quip_checkpointed: options.QuipCheckpointed = False,
-        quip_checkpointed_threshold: options.CheckpointedThreshold = None,
-        quip_checkpointed_segments: options.CheckpointedSegments = None,
+        threshold: options.CheckpointedThreshold = None,
+        segments: options.CheckpointedSegments = None,
         vram_limit: options.VramLimit = None,
     ) -> int:
         """Carry out a manifest: read the sources that it names, apply its stages, write a file.
@@ -73,9 +73,7 @@ def register(app: typer.Typer) -> None:
             engine=engine,
             device=device,
             streaming_mode=streaming_mode,
-            quip_checkpointed=checkpointed(
-                quip_checkpointed, quip_checkpointed_threshold, quip_checkpointed_segments
-            ),
+            quip_checkpointed=checkpointed(quip_checkpointed, threshold, segments),
             vram_limit=options.parse_size(vram_limit),
         )
         if shard is None:

@@ -198,14 +198,7 @@ def write_shards(
                 done[shard.path.name] = _identity(shard.path)
             parts += own
             written_bytes += shard.checkpoint.nbytes
-    placed = {name: shard.path.name for shard in shards for name in shard.checkpoint.specs}
-    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    # Killed between the index's name and the end of the notes, these speak of nothing unfinished.
-    ended = hashlib.sha256(_text(document)).hexdigest()
-    _put(index, {"work": digest, "finished": done, "ended": ended}, _notes(index))
-    _put(index, document, index)
-    files.sync_directory(index.parent)
-    _drop(_notes(index))
+    _end(index, {"work": digest, "finished": done}, shards, total)
     return Written(
         path=index,
         nbytes=nbytes,
@@ -215,6 +208,17 @@ def write_shards(
         digest=manifest.work_digest(checkpoint),
         retreated=tuple(sorted(retreated)),
     )
+
+
+def _end(index: Path, notes: Mapping[str, Any], shards: Iterable[Shard], total: int) -> None:
+    """Make a checkpoint of whole shards: write the index, and drop the notes."""
+    placed = {name: shard.path.name for shard in shards for name in shard.checkpoint.specs}
+    document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    # Killed between the index's name and the end of the notes, these speak of nothing unfinished.
+    _put(index, {**notes, "ended": hashlib.sha256(_text(document)).hexdigest()}, _notes(index))
+    _put(index, document, index)
+    files.sync_directory(index.parent)
+    _drop(_notes(index))
 
 
 def _shifted(
