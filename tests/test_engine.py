@@ -242,6 +242,14 @@ def test_default_memory_limit_is_half_of_what_a_container_has_beyond_torch(
             },
             4,
         ),
+        (
+            {
+                "/proc/self/cgroup": "2:cpu,cpuacct:/a",
+                "cpu.cfs_quota_us@cpu,cpuacct/a": "200000",
+                "cpu.cfs_period_us@cpu,cpuacct/a": "100000",
+            },
+            2,
+        ),
         ({"/proc/self/cgroup": "2:cpu:/a", "cpu.cfs_quota_us@cpu/a": "-1"}, None),
         ({"/proc/self/cgroup": "0::/a", "cpu.max@a": "0 0"}, None),
     ],

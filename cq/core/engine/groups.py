@@ -62,16 +62,17 @@ def _places(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if number == "0" and not controllers:
-            top, is_second = root / _GROUPS, True
-        elif controller in controllers.split(","):
-            top, is_second = root / _GROUPS / controller, False
+            tops, is_second = {""}, True
+        elif controller in controllers.split(","):  # mounted by all their names, by this, or both
+            tops, is_second = {controller, controllers}, False
         else:
             continue
         own = PurePosixPath(path.lstrip("/"))
         if ".." in own.parts:  # a group outside of the namespace that is seen here
             own = PurePosixPath()
         for each in (own, *own.parents):
-            yield top / each, is_second
+            for top in sorted(tops):
+                yield root / _GROUPS / top / each, is_second
 
 
 def _taken(place: Path, version: _Memory) -> int:
