@@ -68,13 +68,16 @@ class Agreement:
         except Exception as error:  # whatever another library raises is what is to be reported
             self._failed = f"{type(error).__name__}: {error}"
             return
-        self._largest = max(self._largest, float(value.amax()), -float(value.amin()))
+        largest = float(value.abs().amax())
+        self._largest = max(self._largest, largest if math.isfinite(largest) else 0.0)
         if torch.equal(other, value):  # the usual case, and cheap
             return
-        difference = (other.float() - value).abs_()
-        self._worst = max(self._worst, float(difference.amax()))
-        if not math.isfinite(float(difference.sum())):
-            self._worst = math.inf
+        other = other.float()
+        # NaN in both is what both decode; that it is there is told of the values.
+        alike = (other == value) | (other.isnan() & value.isnan())
+        difference = (other - value).abs_().masked_fill_(alike, 0.0)
+        worst = float(difference.amax())
+        self._worst = max(self._worst, worst if math.isfinite(worst) else math.inf)
 
     def _decoded(
         self,

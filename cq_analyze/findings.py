@@ -154,6 +154,11 @@ KINDS: dict[str, Kind] = {
         "a layer without the bias that it should have; ComfyUI leaves it uninitialized",
         "bring it from the original with `cq edit --add-keys FILE`",
     ),
+    "bias.shape": Kind(
+        "a bias that is not one number for each output of its layer",
+        "bring it from the original with `cq edit --add-keys FILE --replace`",
+        "fails",
+    ),
     "layer.unreadable": Kind("a layer whose tensors do not fit together", _AGAIN, "fails"),
     # Values
     "values.nonfinite": Kind(
@@ -175,6 +180,17 @@ KINDS: dict[str, Kind] = {
     "reference.missing": Kind(
         "a layer that the reference does not have",
         "give the checkpoint that the file was made from, in the same naming",
+        "-",
+    ),
+    "reference.lost": Kind(
+        "tensors of the reference that a part of the model lacks here",
+        "take the checkpoint that has all of it, or bring them with `cq edit --add-keys FILE`;"
+        " `--fail-on` names the findings that count, if they were removed on purpose",
+    ),
+    "reference.differs": Kind(
+        "a plain tensor that is far from the reference's, further than any rounding",
+        "give the checkpoint that the file was made from, or bring the tensor from it with `cq edit"
+        " --add-keys FILE --replace`",
         "-",
     ),
     "reference.shape": Kind(

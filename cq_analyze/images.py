@@ -108,6 +108,11 @@ def compare_images(reference: Path | str, compared: Path | str) -> Pictures:
     check_installed()
     left, right = _listed(Path(reference)), _listed(Path(compared))
     perceptual, notes = _perceptual()
+    notes += [
+        f"folders inside `{printable(str(each))}` are not looked into"
+        for each in (reference, compared)
+        if any(path.is_dir() for path in Path(each).iterdir())
+    ]
     pictures: list[Picture] = []
     findings: list[Finding] = []
     for name in sorted({*left, *right}, key=natural):
@@ -238,6 +243,11 @@ def _open(path: Path) -> Image | str:
 
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which a conversion would clip to 8
+                return image.convert("I").point(lambda value: value / 257).convert("RGB")
+            if image.has_transparency_data:  # seen before gray, so that it is compared as well
+                gray = Image.new("RGBA", image.size, (128, 128, 128, 255))
+                return Image.alpha_composite(gray, image.convert("RGBA")).convert("RGB")
             return image.convert("RGB")
     # Whatever a decoder stumbles over: SyntaxError and struct.error are among it.
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, EOFError) as error:

@@ -67,7 +67,7 @@ def _cases(report: Report) -> Iterable[_Case]:
         kind = "picture" if rest[0].name.startswith("images.") else "tensor"
         yield _case(kind, other or "", rest, failing, [])
     for gate in report.gates:
-        told = f"{len(gate.failures)} of {gate.measured} {gate.of} do not keep {gate.limit:g}"
+        told = f"{len(gate.failures)} of {gate.count} {gate.of} do not keep {gate.limit:g}"
         failures = () if gate.holds else ((f"gate.{gate.name}", told),)
         yield _Case("gate", f"{gate.name} {gate.limit:g}", failures)
 
@@ -90,6 +90,8 @@ def _case(
 
 
 def _value(value: float) -> str:
+    if math.isnan(value):
+        return "not to be measured"
     return f"{value:.6g}" if math.isfinite(value) else "infinite"
 
 

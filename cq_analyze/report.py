@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 WORST_LAYERS = 10
 WORST_TENSORS = 5
+# A wrong decoding (a lost rotation, foreign scales) is off by as much as the weight itself;
+# rounding, even to two bits, is not.
+UNLIKE = 0.5
 _NUMBER = re.compile(r"([0-9]{1,18})")
 
 
@@ -238,7 +241,7 @@ class Unquantized:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gate:
     """A limit that every quantized layer, or every picture, must keep, and those that do not, worst
-    first. `of` is `layers` or `pictures`."""
+    first; a NaN stands for one that could not be measured. `of` is `layers` or `pictures`."""
 
     name: str
     limit: float
@@ -250,6 +253,11 @@ class Gate:
     def holds(self) -> bool:
         """Whether every layer keeps it. A gate that saw no layer has shown nothing: no."""
         return self.measured > 0 and not self.failures
+
+    @property
+    def count(self) -> int:
+        """Those that must keep it."""
+        return self.measured + sum(math.isnan(value) for _, value in self.failures)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -272,7 +280,9 @@ def gates(
     max_output_error: float | None = None,
 ) -> list[Gate]:
     """The gates that were asked for, judged."""
-    every = [layer for layer in layers if layer.fidelity is not None]
+    asked = list(layers)
+    every = [layer for layer in asked if layer.fidelity is not None]
+    unknown = tuple((layer.layer, math.nan) for layer in asked if layer.fidelity is None)
     levels = [(layer.layer, layer.fidelity.sqnr) for layer in every if layer.fidelity is not None]
     errors = [(x.layer, x.fidelity.relative_error) for x in every if x.fidelity is not None]
     outputs = [(x.layer, x.output.relative_error) for x in every if x.output is not None]
@@ -280,7 +290,7 @@ def gates(
     if min_sqnr is not None:
         low = sorted((f for f in levels if not f[1] >= min_sqnr), key=lambda failure: failure[1])
         found.append(
-            Gate(name="min_sqnr", limit=min_sqnr, measured=len(levels), failures=tuple(low))
+            Gate(name="min_sqnr", limit=min_sqnr, measured=len(levels), failures=(*unknown, *low))
         )
     for name, limit, measured in (
         ("max_error", max_error, errors),
@@ -288,7 +298,9 @@ def gates(
     ):
         if limit is not None:
             high = sorted((f for f in measured if not f[1] <= limit), key=lambda f: -f[1])
-            found.append(Gate(name=name, limit=limit, measured=len(measured), failures=tuple(high)))
+            found.append(
+                Gate(name=name, limit=limit, measured=len(measured), failures=(*unknown, *high))
+            )
     return found
 
 

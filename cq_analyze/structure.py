@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from cq.core.knowledge import Knowledge, know
 from cq.core.stored import Stored, is_code, is_scale
 from cq.core.text import printable
 from cq_analyze import placement
+from cq_analyze.reference import is_padded
 from cq_analyze.report import Finding, finding, natural
 
 _MAX_MARKER_BYTES = 1 << 20
@@ -202,9 +203,37 @@ def _marked(
             except InputError as error:
                 told = error.message.partition(" cannot be read: ")[2]
                 faults.append(finding("layer.unreadable", layer, f"cannot be decoded: {told}"))
+            else:
+                findings += _beside(plug, readable, own)
         findings += faults
         findings += placement.misplaced(layer, plug, own, settings, known)
     return Marked(layer=layer, settings=settings or {}, specs=own, format=plug, stored=readable)
+
+
+def _beside(
+    plug: Format, readable: stored.Stored, own: Mapping[str, TensorSpec]
+) -> Iterator[Finding]:
+    """What is wrong with tensors that ComfyUI reads beside the weight, whatever its format."""
+    rows = readable.shape[0]
+    bias, scale = own.get("bias"), own.get("input_scale")
+    if len(readable.shape) == 3:  # stacked experts, of which ComfyUI reads no such tensors
+        return
+    if bias is not None:
+        # A format that pads may know the padded height alone.
+        meant = TensorSpec("F32", (*bias.shape, *readable.shape[1:]))
+        if bias.shape != (rows,) and not is_padded(readable, meant):
+            told = f"has a bias of shape {list(bias.shape)} for {rows} outputs"
+            yield finding("bias.shape", readable.layer, told)
+        elif not bias.is_float:
+            told = f"has a bias of {bias.dtype}, whose integers ComfyUI takes for what they are not"
+            yield finding("bias.shape", readable.layer, told)
+    if scale is not None and plug.largest_input is not None:
+        if scale.shape not in {(), (1,)}:
+            told = f"has an `input_scale` of shape {list(scale.shape)}; ComfyUI needs []"
+            yield finding("scale.shape", readable.layer, told)
+        elif scale.dtype != "F32":
+            told = f"has a {scale.dtype} `input_scale`; ComfyUI needs F32"
+            yield finding("scale.dtype", readable.layer, told)
 
 
 def _faults(

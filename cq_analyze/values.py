@@ -27,16 +27,12 @@ from cq_analyze.metrics import Sums, pooled, sums
 from cq_analyze.outputs import Judge, OutputError
 from cq_analyze.plain import Plain
 from cq_analyze.reference import Reference, is_padded
-from cq_analyze.report import Finding, finding
+from cq_analyze.report import UNLIKE, Finding, finding
 from cq_analyze.structure import Structure
 from cq_analyze.survival import Survival, survival, together
 
 if TYPE_CHECKING:
     import torch
-
-# A wrong decoding (a lost rotation, foreign scales) is off by as much as the weight itself;
-# rounding, even to two bits, is not.
-_UNLIKE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +251,7 @@ class _Comparison:
     def unlike(self) -> bool:
         """Whether this is another weight than the reference's."""
         total = self.fidelity
-        return total is not None and not total.relative_error <= _UNLIKE
+        return total is not None and not total.relative_error <= UNLIKE
 
     def fault(self, layer: str) -> Finding | None:
         """What is wrong with the values."""

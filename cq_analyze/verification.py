@@ -24,7 +24,7 @@ from cq.core.knowledge import Knowledge, know
 from cq.core.manifest import history
 from cq.core.source import check_unchanged
 from cq.core.stored import SMOOTHING, is_code
-from cq_analyze import agreement, outputs, structure, values
+from cq_analyze import agreement, lost, outputs, structure, values
 from cq_analyze.equalized import rounded
 from cq_analyze.findings import KINDS
 from cq_analyze.reference import Reference
@@ -135,10 +135,13 @@ def _by_weights(
     )
     if reference is not None:
         findings += _lost_biases(judged, reference)
+        gone = lost.absent(checkpoint, (own.layer for own in layers), reference)
+        findings += lost.tensors(checkpoint, gone, reference, findings)
+        findings += lost.unlike(outcomes, report.history)
         report = dataclasses.replace(
             report,
             fidelity=_fidelity(layers),
-            unquantized=_unquantized(checkpoint, judged, reference, outcomes),
+            unquantized=_unquantized(checkpoint, judged, reference, outcomes, len(gone)),
             gates=tuple(gates(layers, *limits)),
         )
     return dataclasses.replace(report, findings=_ordered(findings))
@@ -338,16 +341,15 @@ def _unquantized(
     judged: Structure,
     reference: Reference,
     outcomes: Sequence[Outcome],
+    gone: int,
 ) -> Unquantized:
     compared = [found for outcome in outcomes for found in outcome.compared]
-    found = {name: reference.find(name) for name in checkpoint.specs}
-    # The reference's weight of a layer whose marker or weight is lost is not missing twice.
-    taken = {*found.values(), *(reference.find(m.layer + comfy.WEIGHT) for m in judged.marked)}
+    own = [name for name in checkpoint.specs if name not in judged.coded]
     return Unquantized(
         same=sum(c.same for c in compared),
         changed=tuple(sorted((c for c in compared if not c.same), key=_by_error)),
-        only_here=sum(found[name] is None for name in found if name not in judged.coded),
-        only_in_reference=sum(name not in taken for name in reference.checkpoint.specs),
+        only_here=sum(reference.find(name) is None for name in own),
+        only_in_reference=gone,
     )
 
 

@@ -65,7 +65,7 @@ def _heading(report: Report) -> Iterator[str]:
         yield f"<p>against {_text(report.against + base)}</p>"
     yield from (f'<p class="dim">{_text(note)}</p>' for note in report.notes)
     for gate in report.gates:
-        verdict = "kept" if gate.holds else f"not kept by {len(gate.failures)} of {gate.measured}"
+        verdict = "kept" if gate.holds else f"not kept by {len(gate.failures)} of {gate.count}"
         yield f"<p>{_text(f'{gate.name} {gate.limit:g} ({gate.of}): {verdict}')}</p>"
 
 

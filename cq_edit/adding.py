@@ -1,22 +1,24 @@
 """Tensors of another file: `--add-keys FILE[:PATTERN]`.
 
-Owns the file's words and its fingerprint. With a quantized weight come its scales and its marker,
-and its entry in the header where there is such a form; the file's other metadata stays behind.
+Owns the file's words and its fingerprint, and that no value comes in that is none. With a quantized
+weight come its scales and its marker, and its entry in the header where there is such a form; the
+file's other metadata stays behind.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cq.core import comfy, select
-from cq.core.checkpoint import from_source
+from cq.core.checkpoint import Part, Piece, from_source
+from cq.core.dtypes import DTYPES
 from cq.core.errors import InputError, PlanError
-from cq.core.source import FINGERPRINT, Source, check_fingerprint, open_source
-from cq.core.stored import is_optional, is_owned
+from cq.core.source import FINGERPRINT, Source, check_fingerprint, largest_cut, open_source
+from cq.core.stored import is_optional, is_owned, is_scale
 from cq.core.text import printable
 from cq_edit import headers
 from cq_edit.choosing import together
@@ -137,9 +139,47 @@ def add(draft: Draft, addition: Addition, *, replace: bool, allow_broken: bool) 
     _make_room(draft, taken)
     reason = f"from `{Path(addition.path).name}`"
     for name in names:
-        draft.add(other.part(name), reason)
+        part = other.part(name)
+        draft.add(part if allow_broken else _sound(part, name, shown), reason)
     draft.inputs += addition.source.files
     _carry_markers(draft, other, set(names), reason)
+
+
+def _sound(part: Part, name: str, shown: str) -> Part:
+    """The part, whose values are looked at while they are copied, if its dtype has any that are
+    none."""
+    dtype = part.tensors[name].dtype
+    if not (DTYPES[dtype].is_float or dtype.startswith("F8_")):
+        return part
+    scale = is_scale(name.rpartition(".")[2])
+
+    def produce() -> Iterator[Piece]:
+        import torch
+
+        for piece in part.produce():
+            # Float8 knows neither comparison nor sums
+            value = piece.tensor.float() if piece.tensor.element_size() == 1 else piece.tensor
+            bad = None if bool(torch.isfinite(value).all()) else "NaN or infinite values"
+            if bad is None and scale:
+                # Block scales, which have fewer bits, are zero for equal weights.
+                wrong = value <= 0 if piece.tensor.element_size() >= 4 else value < 0
+                bad = "scales that are zero or negative" if bool(wrong.any()) else None
+            if bad is not None:
+                raise InputError(
+                    f"tensor `{printable(name)}` of `{shown}` holds {bad}",
+                    where=name,
+                    hint=f"mend the file, or add fewer tensors with `{shown}:PATTERN`;"
+                    " `--allow-broken` adds them all the same",
+                    code="input.nonfinite",
+                )
+            yield piece
+
+    elements = largest_cut(part.tensors[name])
+    return Part(
+        tensors=part.tensors,
+        nbytes_peak=part.nbytes_peak + elements * 5,  # in float32, and which are finite
+        produce=produce,
+    )
 
 
 def _refuse_torn(draft: Draft, other: Draft, shown: str, names: set[str]) -> None:

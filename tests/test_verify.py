@@ -669,18 +669,62 @@ def test_verify_reports_layers_that_the_reference_lacks_or_shapes_otherwise(
 
 def test_verify_counts_unquantized_tensors_that_changed(tmp_path: Path, good: Checkpoint) -> None:
     other = reference()
-    other["img_in.weight"] = other["img_in.weight"] * 2
+    other["img_in.weight"] = other["img_in.weight"] * 1.5
     other["blocks.0.norm.weight"] = other["blocks.0.norm.weight"].bfloat16()
     other["steps"] = other["steps"] + 1
     other["lost"] = torch.ones(3)
     report = verify(good, against=opened(tmp_path / "r.safetensors", other))
-    assert report.passed
+    assert names(report) == [("reference.lost", "lost")]
     found = report.unquantized
     assert found is not None
     assert (found.same, found.only_here, found.only_in_reference) == (1, 0, 1)
     assert [c.name for c in found.changed] == ["img_in.weight", "steps", "blocks.0.norm.weight"]
     assert found.changed[0].fidelity is not None
-    assert found.changed[0].fidelity.relative_error == pytest.approx(0.5)
+    assert found.changed[0].fidelity.relative_error == pytest.approx(1 / 3, rel=1e-2)
+
+
+def test_plain_tensors_that_are_others_than_the_references_are_found(
+    tmp_path: Path, good: Checkpoint
+) -> None:
+    """Not what rounding or a cast does, and not what was taken from another model's file."""
+    other = reference()
+    other["img_in.weight"] = -other["img_in.weight"]
+    other["img_in.extra"] = torch.ones(3)
+    other["first_stage_model.decoder.conv_in.weight"] = torch.ones(4, 4, 3, 3)
+    report = verify(good, against=opened(tmp_path / "r.safetensors", other))
+    assert names(report) == [("reference.lost", "img_in"), ("reference.differs", "img_in.weight")]
+    assert "lacks `extra`" in str(report.findings[0])
+    named = verify(good, against=opened(tmp_path / "r2.safetensors", other), fail_on=["scale.*"])
+    assert named.passed
+
+
+def test_biases_that_make_up_for_the_error_of_their_layers_are_no_finding(
+    tmp_path: Path, good: Checkpoint
+) -> None:
+    specs = [name for name in good.specs if name.endswith(".bias")]
+    other = reference()
+    for name in specs:
+        other[name] = other[name] * 4
+    against = opened(tmp_path / "r.safetensors", other)
+    assert {name for name, _ in names(verify(good, against=against))} == {"reference.differs"}
+    stages = [{"op": "quant", "bias_correction": True}]
+    history = {"cq.history": json.dumps({"cq": 1, "sources": [], "stages": stages})}
+    told = opened(tmp_path / "told.safetensors", quantized(), history)
+    assert verify(told, against=against).passed
+
+
+def test_gates_are_not_kept_by_layers_that_cannot_be_measured(
+    tmp_path: Path, good: Checkpoint
+) -> None:
+    other = reference()
+    del other[f"{TENSOR}.weight"]
+    against = opened(tmp_path / "r.safetensors", other)
+    report = verify(good, against=against, min_sqnr=5, max_error=0.9, fail_on=["scale.*"])
+    assert not report.passed
+    for gate in report.gates:
+        assert [layer for layer, value in gate.failures if math.isnan(value)] == [TENSOR]
+        assert gate.count == gate.measured + 1
+        assert gate.to_dict()["failures"] == [{"layer": TENSOR, "value": None}]
 
 
 @pytest.mark.parametrize("dtype", make.TORCH_DTYPES)

@@ -202,6 +202,12 @@ def _by_name(findings: Sequence[Finding]) -> dict[str, list[Finding]]:
     return grouped
 
 
+def _value(value: float) -> str:
+    if math.isnan(value):
+        return "could not be measured"
+    return "infinite" if math.isinf(value) else f"{value:.4g}"
+
+
 def _gate(gate: Gate) -> Iterator[str]:
     name = "--" + gate.name.replace("_", "-")
     if gate.holds:
@@ -210,8 +216,8 @@ def _gate(gate: Gate) -> Iterator[str]:
     if not gate.measured:
         yield f"\n{name} {gate.limit:g}: not kept, as there is nothing to measure"
         return
-    yield f"\n{name} {gate.limit:g}: not kept by {len(gate.failures)} of {gate.measured} {gate.of}"
+    yield f"\n{name} {gate.limit:g}: not kept by {len(gate.failures)} of {gate.count} {gate.of}"
     for layer, value in gate.failures[:_SHOWN_FAILURES]:
-        yield f"  `{layer}`: {'infinite' if math.isinf(value) else f'{value:.4g}'}"
+        yield f"  `{layer}`: {_value(value)}"
     if len(gate.failures) > _SHOWN_FAILURES:
         yield f"  and {len(gate.failures) - _SHOWN_FAILURES} more"
