@@ -185,7 +185,7 @@ def register(app: typer.Typer) -> None:
                 "there is no adapter to merge",
                 hint="give BASE and at least one adapter, as in `cq merge BASE ADAPTER:0.8`",
             )
-        opened = options.open_input(base, what="BASE")
+        opened = options.open_input(base, what="BASE", beside=names)
         checkpoint = merge_adapters(
             opened,
             adapters,

@@ -220,7 +220,7 @@ def register(app: typer.Typer) -> None:
 
         if defer and output is not None:
             raise UsageError("`--defer` writes no file, so it takes no `-o`")
-        source = options.open_input(model)
+        source = options.open_input(model, beside=recipe)
         checkpoint = quantize(
             source,
             format=format,

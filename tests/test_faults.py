@@ -12,13 +12,14 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import make
 import pytest
@@ -79,15 +80,14 @@ def test_strike_notices_a_broken_output(inputs: Path) -> None:
 
 def moments(monkeypatch: pytest.MonkeyPatch, at: Path, kept: Path) -> Callable[[], list[Path]]:
     """Keeps what lies in `at` around every call that changes a file or a name: what a kill at that
-    moment would leave. Files under their last names stay the same files, as they would."""
+    moment would leave."""
     images: list[Path] = []
 
     def image() -> None:
         images.append(kept / str(len(images)))
-        images[-1].mkdir()
+        os.mkdir(images[-1])  # noqa: PTH102 - that of Path is watched
         for path in at.iterdir():
-            whole = path.suffix in {".safetensors", ".json"}
-            (os.link if whole else shutil.copy2)(path, images[-1] / path.name)
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, images[-1] / path.name)
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def around(*args: Any, **options: Any) -> Any:
@@ -98,36 +98,47 @@ def moments(monkeypatch: pytest.MonkeyPatch, at: Path, kept: Path) -> Callable[[
 
         return around
 
-    for place, names in ((os, ("ftruncate", "pwrite")), (Path, ("replace", "unlink"))):
+    changes = ("replace", "unlink", "mkdir", "rmdir")
+    for place, names in ((os, ("ftruncate", "pwrite")), (Path, changes)):
         for name in names:
             monkeypatch.setattr(place, name, watched(getattr(place, name)))
     return lambda: images
 
 
+@pytest.mark.parametrize("force", [False, True])
 def test_shards_killed_around_any_change_of_a_file_come_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    force: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = cq.open(make.save(tmp_path / "base.safetensors", make.model(blocks=3)))
     for name in ("whole", "images"):
         (tmp_path / name).mkdir()
 
+    resumed = 0
+
     def write(directory: Path) -> dict[str, bytes]:
-        shards.write_shards(model, directory / "out.safetensors", max_bytes=100_000, workers=1)
+        nonlocal resumed
+        out = directory / "out.safetensors"
+        done = shards.write_shards(model, out, max_bytes=100_000, workers=1, force=force)
+        resumed += done.parts_resumed > 0
         return faults.contents(directory)
 
+    if force:
+        old = cq.open(make.save(tmp_path / "old.safetensors", make.model(blocks=3, seed=1)))
+        shards.write_shards(old, tmp_path / "whole" / "out.safetensors", max_bytes=100_000)
+    before = faults.contents(tmp_path / "whole")
     with monkeypatch.context() as patch:
         images = moments(patch, tmp_path / "whole", tmp_path / "images")
         whole = write(tmp_path / "whole")
     index = "out.safetensors.index.json"
     assert index in whole
     assert len(whole) > 3
-    resumed = 0
     for directory in images():
-        if (directory / index).exists():  # all is whole, but for the notes
-            found = faults.contents(directory)
-            assert {n: v for n, v in found.items() if not n.endswith(".partial.journal")} == whole
+        found = faults.contents(directory)
+        named = {name: value for name, value in found.items() if ".partial" not in name}
+        if index in named:  # it speaks of files of one work
+            assert named in (before, whole)
+        if named == whole and not (directory / f"{index}.partial" / "work.json").exists():
             continue
-        resumed += any(path.suffix == ".safetensors" for path in directory.iterdir())
         assert write(directory) == whole
     assert resumed > 20
 
@@ -166,10 +177,11 @@ def test_shards_of_another_model_in_the_way_are_never_taken_for_finished(
     out = tmp_path / "out" / "m.safetensors"
     shards.write_shards(new, tmp_path / "whole" / "m.safetensors", max_bytes=size)
     shards.write_shards(old, out, max_bytes=size)
+    before = faults.contents(out.parent)
     with stopped_at(2):
         shards.write_shards(new, out, max_bytes=size, force=True)
-    (second,) = out.parent.glob("m-00002-of-*")
-    os.utime(second)  # another file now, as a copy is
+    found = faults.contents(out.parent)
+    assert {name: found[name] for name in before} == before, "all of the old one is there"
     shards.write_shards(new, out, max_bytes=size, force=True)
     assert faults.contents(out.parent) == faults.contents(tmp_path / "whole")
 
@@ -201,17 +213,100 @@ def test_shards_whose_first_one_fails_leave_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_shards_leave_foreign_files_alone_that_have_the_names_of_their_notes(
-    tmp_path: Path,
+@pytest.mark.parametrize("restart", [False, True])
+def test_shards_leave_foreign_files_alone_where_they_are_made(
+    restart: bool, tmp_path: Path
 ) -> None:
     model = cq.open(make.save(tmp_path / "base.safetensors", make.model(blocks=1)))
-    for suffix in (".partial", ".partial.journal"):
-        path = tmp_path / f"out.safetensors.index.json{suffix}"
-        path.write_bytes(b"a download")
+    path = tmp_path / "out.safetensors.index.json.partial"
+
+    def refused() -> None:
         with pytest.raises(PlanError, match="is not cq's"):
-            shards.write_shards(model, tmp_path / "out.safetensors", max_bytes=100_000)
-        assert path.read_bytes() == b"a download"
-        path.unlink()
+            shards.write_shards(
+                model, tmp_path / "out.safetensors", max_bytes=100_000, restart=restart
+            )
+
+    path.write_bytes(b'{\n  "metadata": a download')
+    refused()
+    assert path.read_bytes() == b'{\n  "metadata": a download'
+    path.unlink()
+    os.mkfifo(path)
+    refused()
+    path.unlink()
+    for inside in ("notes.txt", "x-00001-of-00002.safetensors"):
+        path.mkdir()
+        (path / inside).write_bytes(b"foreign")
+        refused()
+        assert (path / inside).read_bytes() == b"foreign"
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [b"", b"{", b"[]", b'{"work":1}', b'{"work":"a","left":["\\u0000"]}', b"\x00" * 100],
+)
+def test_damaged_notes_of_shards_are_one_error_and_can_be_discarded(
+    note: bytes, two_models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "m.safetensors"
+    with stopped_at(2):
+        shards.write_shards(cq.open(two_models[0]), out, max_bytes=100_000)
+    (tmp_path / "m.safetensors.index.json.partial" / "work.json").write_bytes(note)
+    with pytest.raises(PlanError):
+        shards.write_shards(cq.open(two_models[0]), out, max_bytes=100_000)
+    shards.write_shards(cq.open(two_models[0]), out, max_bytes=100_000, restart=True)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_shards_are_written_by_one_run_at_a_time(
+    two_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "m.safetensors"
+    write, errors = shards.write, []
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "write", write)
+            for model in two_models:
+                with pytest.raises(PlanError) as caught:
+                    shards.write_shards(cq.open(model), out, max_bytes=100_000, restart=True)
+                errors.append(caught.value.code)
+        return write(*args, **options)
+
+    monkeypatch.setattr(shards, "write", meanwhile)
+    shards.write_shards(cq.open(two_models[0]), out, max_bytes=100_000)
+    assert set(errors) == {"plan.output_busy"}
+    written = cq.open(out.with_name("m.safetensors.index.json"))
+    assert all(make.same(written.read(n), cq.open(two_models[0]).read(n)) for n in written.specs)
+
+
+def test_shards_for_which_there_is_no_room_are_refused_before_any_work(
+    two_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 100_000))
+    monkeypatch.setattr(shards, "write", None)
+    with pytest.raises(ResourceError, match="takes") as caught:
+        shards.write_shards(cq.open(two_models[0]), tmp_path / "m.safetensors", max_bytes=100_000)
+    assert caught.value.code == "resource.disk"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.mark.parametrize("name", ["out.st.partial", "out.st.partial.journal"])
+def test_a_pipe_of_a_working_name_is_in_the_way(name: str, tmp_path: Path) -> None:
+    base = make.save(tmp_path / "base.safetensors", make.model(blocks=1))
+    os.mkfifo(tmp_path / name)
+    for restart in (False, True):
+        with pytest.raises(PlanError, match="not a regular file"):
+            cq.write(cq.open(base), tmp_path / "out.st", restart=restart)
+    assert stat.S_ISFIFO((tmp_path / name).lstat().st_mode)
+    assert not (tmp_path / "out.st").exists()
 
 
 @pytest.fixture
@@ -531,3 +626,29 @@ def test_source_from_the_future_is_resumed_as_any_other(tmp_path: Path) -> None:
     os.utime(base, ns=(1 << 61, 1 << 61))
     cq.write(cq.open(base), tmp_path / "out.st")
     assert make.load(tmp_path / "out.st").keys() == make.load(base).keys()
+
+
+def test_no_output_replaces_what_the_command_reads(tmp_path: Path) -> None:
+    base = str(make.save(tmp_path / "base.safetensors", make.model(blocks=1)))
+    plan, recipe = tmp_path / "plan.json", tmp_path / "layers.json"
+    plan.write_text(json.dumps(cq.open(base).manifest()))
+    recipe.write_text('{"cq": 1, "kind": "recipe", "rules": [{"layers": "*", "skip": true}]}')
+    before = faults.contents(tmp_path)
+    for words in (
+        ("quant", base, "--recipe", str(recipe), "-o", str(recipe), "--force"),
+        ("run", str(plan), "-o", str(plan), "--force"),
+        ("run", str(plan), "-o", str(plan), "--force", "--shard", "1/1"),
+        ("run", str(plan), "-o", "/", "--force"),
+        ("run", str(plan), "-o", "/", "--shard", "1/2"),
+    ):
+        assert quiet(*words) == 4, words
+    assert faults.contents(tmp_path) == before
+
+
+def test_documents_beyond_all_measure_are_refused_unread(tmp_path: Path) -> None:
+    for name in ("model.safetensors.index.json", "layers.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 40)
+    base = str(make.save(tmp_path / "base.safetensors", make.model(blocks=1)))
+    assert quiet("analyze", str(tmp_path / "model.safetensors.index.json")) == 3
+    assert quiet("quant", base, "--recipe", str(tmp_path / "layers.json"), "--dry-run") == 3

@@ -219,6 +219,50 @@ def test_copy_of_an_older_source_is_not_taken_for_the_output(base: Path, tmp_pat
     assert caught.value.code == "plan.output_exists"
 
 
+def test_share_of_a_source_that_was_rewritten_is_done_anew(base: Path, tmp_path: Path) -> None:
+    """Whatever it is taken for: its head, and the manifest, may be the same."""
+    out, whole = tmp_path / "out.st", tmp_path / "whole.st"
+    write_share(work(base), out, Share(1, 1))
+    tensors = make.load(base)
+    tensors["blocks.1.mlp.0.weight"] = -tensors["blocks.1.mlp.0.weight"]
+    make.save(base, tensors)
+    with pytest.raises(PlanError, match="exists already"):
+        write_share(work(base), out, Share(1, 1))
+    assert not write_share(work(base), out, Share(1, 1), force=True).ready
+    write(work(base), whole)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_another_file_of_the_same_names_and_shapes_is_not_taken_for_the_output(
+    base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.st"
+    other = {name: tensor * 2 for name, tensor in make.load(base).items()}
+    make.save(out, other)
+    plain = cq.open(base)
+    with pytest.raises(PlanError, match="exists already"):
+        write_share(plain, out, Share(1, 1))
+    assert make.same(cq.open(out).read("img_in.weight"), other["img_in.weight"])
+
+
+def test_shares_that_begin_at_once_of_different_work_do_not_mix(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked before either has noted anything."""
+    out, refuse, inside = tmp_path / "out.st", ShareSink._refuse_others, []
+
+    def meanwhile(sink: ShareSink) -> None:
+        refuse(sink)
+        if not inside:
+            inside.append(sink)
+            cut_off(base, out, Share(1, 3), 1)
+
+    monkeypatch.setattr(ShareSink, "_refuse_others", meanwhile)
+    with pytest.raises(PlanError, match="holds unfinished work of another command"):
+        write_share(work(base), out, Share(1, 2))
+    assert not out.exists()
+
+
 def test_share_is_written_by_one_process_at_a_time(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.st"
     with ShareSink(work(base), out, Share(1, 2)) as sink:

@@ -306,7 +306,7 @@ def test_sink_says_that_the_directory_is_missing(tmp_path: Path) -> None:
 def test_sink_says_why_it_cannot_write(out: Path) -> None:
     (out.parent / "out.safetensors.partial").mkdir()
     error = refused(Work().checkpoint, out)
-    assert (error.exit_code, error.code) == (5, "resource.output")
+    assert (error.exit_code, error.code) == (4, "plan.other_partial")
     assert left(out) == ["out.safetensors.partial"]
 
 

@@ -201,17 +201,24 @@ def check(checkpoint: Checkpoint, asked: Delivery) -> None:
             if asked.named or not asked.dry_run or error.code != "plan.output_exists":
                 raise
             here.say(f"`{target}` exists already: writing it will ask for `--force`")
-        with suppress(OSError):
-            if not (asked.in_place or asked.max_shard_size) and any(
-                os.path.samestat(target.stat(), opened) for opened in here.opened
-            ):
-                raise PlanError(
-                    f"`{target}` is the input itself",
-                    hint="choose another output; cq never overwrites what it reads",
-                    code="plan.output_is_input",
-                )
+        if not asked.in_place:
+            refuse_inputs(asked)
     if asked.engine == "local":  # the memory of other machines is theirs to tell
         check_budget(checkpoint.parts, asked.settings(CPU))
+
+
+def refuse_inputs(asked: Delivery) -> None:
+    """Raises: PlanError if the output is a file that the command reads, such as its plan."""
+    target = Path(str(asked.output))
+    if asked.max_shard_size is not None:
+        target = shards.index_path(target)
+    with suppress(OSError):
+        if any(os.path.samestat(target.stat(), opened) for opened in terminal().opened):
+            raise PlanError(
+                f"`{target}` is the input itself",
+                hint="choose another output; cq never overwrites what it reads",
+                code="plan.output_is_input",
+            )
 
 
 def check_name(asked: Delivery) -> None:

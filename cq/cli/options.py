@@ -305,14 +305,16 @@ def _reportable(error: CqError) -> CqError:
     )
 
 
-def open_input(path: str | None, *, what: str = "MODEL") -> Checkpoint:
-    """Open a command's input: a path, `-`, or what is piped in if it was left out.
+def open_input(path: str | None, *, what: str = "MODEL", beside: str | None = None) -> Checkpoint:
+    """Open a command's input: a path, `-`, or what is piped in if it was left out. No output may
+    replace it, nor what is read `beside` it.
 
     Raises: UsageError rather than waiting for a person to type a checkpoint.
     """
     from cq.core.manifest import open_checkpoint, open_checkpoint_stream
 
     here = terminal()
+    _reads(beside)
     if path is None:
         if not here.stdin_is_piped():
             raise UsageError(
@@ -330,9 +332,14 @@ def open_input(path: str | None, *, what: str = "MODEL") -> Checkpoint:
         if named is None:
             return open_checkpoint_stream(cast(TextIO, here.stdin).buffer)
         path = named
-    with suppress(OSError, ValueError):
-        here.opened.append(os.stat(path))  # noqa: PTH116 - compared with the output
+    _reads(path)
     return open_checkpoint(path)
+
+
+def _reads(path: str | None) -> None:
+    if path is not None:
+        with suppress(OSError, ValueError):
+            terminal().opened.append(os.stat(path))  # noqa: PTH116 - compared with the output
 
 
 def parse_size(text: str | None) -> int | None:

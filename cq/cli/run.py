@@ -107,7 +107,14 @@ def register(app: typer.Typer) -> None:
 
 def _run_share(checkpoint: Checkpoint, share: Share, asked: Delivery) -> int:
     from cq.cli import placing
-    from cq.cli.deliver import check_name, deliver, plan_document, say_outcomes, say_retreats
+    from cq.cli.deliver import (
+        check_name,
+        deliver,
+        plan_document,
+        refuse_inputs,
+        say_outcomes,
+        say_retreats,
+    )
     from cq.core.engine.local import check_budget
     from cq.core.shares import write_share
 
@@ -116,6 +123,7 @@ def _run_share(checkpoint: Checkpoint, share: Share, asked: Delivery) -> int:
     if asked.dry_run:
         return deliver(checkpoint, asked, command="run")
     check_name(asked)
+    refuse_inputs(asked)
     placing.check(asked)
     for remark in placing.remarks(checkpoint, asked):
         here.say(f"run: {remark}")

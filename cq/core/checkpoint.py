@@ -174,13 +174,20 @@ class Checkpoint:
 
     def narrowed(self, names: Iterable[str]) -> Checkpoint:
         """This checkpoint without the tensors that are not in `names`."""
-        wanted = set(names)
-        parts = []
+        return self.divided(dict.fromkeys(names, 0), 1)[0]
+
+    def divided(self, of: Mapping[str, int], count: int) -> tuple[Checkpoint, ...]:
+        """This checkpoint as `count` of some of its tensors each; `of` tells the number of the one
+        that a tensor goes to, from 0 on."""
+        groups: list[list[Part]] = [[] for _ in range(count)]
         for part in self.parts:
-            own = [name for name in part.tensors if name in wanted]
-            if own:
-                parts.append(part if len(own) == len(part.tensors) else narrowed(part, own))
-        return dataclasses.replace(self, parts=tuple(parts))
+            numbers = {name: of[name] for name in part.tensors if name in of}
+            for number in sorted(set(numbers.values())):
+                own = [name for name, its in numbers.items() if its == number]
+                groups[number].append(
+                    part if len(own) == len(part.tensors) else narrowed(part, own)
+                )
+        return tuple(dataclasses.replace(self, parts=tuple(parts)) for parts in groups)
 
     def part(self, name: str) -> Part:
         """The part that produces the tensor `name`."""

@@ -79,6 +79,11 @@ class ResourceError(CqError):
     default_code = "resource"
 
 
+class Unfinished(ResourceError):
+    """What computed went away, such as a device or the workers of a cluster; finished parts are
+    kept, and the same command goes on from there."""
+
+
 class InternalError(CqError):
     """A promise between two rooms of cq was broken: a bug to report, never a file."""
 

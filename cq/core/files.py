@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
 import threading
 from pathlib import Path
+from typing import IO
+
+from cq.core.errors import PlanError
 
 try:
     import fcntl
@@ -19,15 +23,60 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _KERNEL_COPY_BYTES = 16 << 20
+_MOST_DOCUMENT_BYTES = 64 << 20
 COPY_BYTES = 1 << 20
 _seek_lock = threading.Lock()
 READ_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 WRITE_FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 # For files of our own making, which nobody may point elsewhere by a link.
-OWN_FLAGS = WRITE_FLAGS | getattr(os, "O_NOFOLLOW", 0)
+OWN_FLAGS = WRITE_FLAGS | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 # For a file that others write to as well. An NFS client that has read a page writes the whole of it
 # back, stale bytes of its neighbors included; without the right to read it does not.
 SHARED_FLAGS = (OWN_FLAGS & ~os.O_RDWR) | os.O_WRONLY
+
+
+def open_own(path: Path, flags: int = OWN_FLAGS) -> int:
+    """Open a file of our own making; never waits for the other end of a pipe of that name.
+
+    Raises: PlanError if it is not a regular file; OSError.
+    """
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno not in {errno.ENXIO, errno.ELOOP, errno.EISDIR}:
+            raise
+        fd = -1
+    if fd >= 0 and stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    if fd >= 0:
+        os.close(fd)
+    raise PlanError(
+        f"`{path}` is in the way: it is not a regular file",
+        where=str(path),
+        hint="move it away",
+        code="plan.other_partial",
+    )
+
+
+def up_to(stream: IO[bytes], nbytes: int) -> bytes:
+    """As `stream.read(nbytes)`, which takes all of that memory for a stream of any length."""
+    chunks = []
+    while nbytes and (chunk := stream.read(min(nbytes, 1 << 16))):
+        chunks.append(chunk)
+        nbytes -= len(chunk)
+    return b"".join(chunks)
+
+
+def read_document(path: Path) -> bytes:
+    """A JSON document, which a person or a program has written: all of the file, up to 64 MiB.
+
+    Raises: OSError; EFBIG for a larger one.
+    """
+    with path.open("rb") as file:
+        raw = up_to(file, _MOST_DOCUMENT_BYTES + 1)
+    if len(raw) > _MOST_DOCUMENT_BYTES:
+        raise OSError(errno.EFBIG, f"it is larger than {_MOST_DOCUMENT_BYTES >> 20} MiB")
+    return raw
 
 
 def read_at(fd: int, buffer: memoryview, offset: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import pairwise
@@ -30,7 +31,7 @@ class Journal:
 
     def open(self) -> None:
         """Open the file, and make it if there is none. Raises: PlanError if it is not cq's."""
-        self._fd = os.open(self.path, files.OWN_FLAGS | os.O_APPEND, 0o666)
+        self._fd = files.open_own(self.path, files.OWN_FLAGS | os.O_APPEND)
         if not _BEGIN.startswith(os.read(self._fd, len(_BEGIN))):  # also one that was torn
             raise PlanError(
                 f"`{self.path}` is in the way, and it is not cq's",
@@ -87,6 +88,8 @@ def read_journal(path: Path) -> tuple[str, set[int]] | None:
     power loss may have kept the journal's line and lost the data. Torn lines are ignored.
     """
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):  # a pipe would be waited for
+            return None
         lines = path.read_bytes().split(b"\n")
     except OSError:
         return None

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import orjson
 
-from cq.core import catalog
+from cq.core import catalog, files
 from cq.core.checkpoint import Checkpoint, Stage, from_source
 from cq.core.errors import InputError, UsageError
 from cq.core.source import (
@@ -230,18 +230,9 @@ def _opened(path: Path, shown: str) -> IO[bytes]:
 
 def _read(file: IO[bytes], nbytes: int, shown: str) -> bytes:
     try:
-        return _up_to(file, nbytes)
+        return files.up_to(file, nbytes)
     except OSError as error:
         raise unreadable(shown, error) from error
-
-
-def _up_to(stream: IO[bytes], nbytes: int) -> bytes:
-    """As `stream.read(nbytes)`, which takes all of that memory for a stream of any length."""
-    chunks = []
-    while nbytes and (chunk := stream.read(min(nbytes, 1 << 16))):
-        chunks.append(chunk)
-        nbytes -= len(chunk)
-    return b"".join(chunks)
 
 
 def open_checkpoint_stream(stream: IO[bytes], *, where: str = "stdin") -> Checkpoint:
@@ -260,7 +251,7 @@ def open_checkpoint_stream(stream: IO[bytes], *, where: str = "stdin") -> Checkp
             code="input.empty",
         )
     if _is_manifest(first):
-        return load(first + _up_to(stream, _MAX_MANIFEST_BYTES), where=where)
+        return load(first + files.up_to(stream, _MAX_MANIFEST_BYTES), where=where)
     return from_source(open_stream(stream, first, shown=where))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import orjson
 
+from cq.core import files
 from cq.core.errors import InputError
 from cq.core.recipe import Rule
 
@@ -23,7 +24,7 @@ def load_recipe(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     """
     shown = os.fspath(path)
     try:
-        document = orjson.loads(Path(path).read_bytes())
+        document = orjson.loads(files.read_document(Path(path)))
     except OSError as error:
         raise InputError(f"`{shown}` cannot be read: {error.strerror}") from error
     except orjson.JSONDecodeError as error:

@@ -1,7 +1,7 @@
 """A checkpoint as several files and an index, as libraries other than ComfyUI read them.
 
-Owns which tensors share a file, the files' names, and that the index, which makes a checkpoint of
-them, is written last. Each file is an output of its own, resumed and committed like any other.
+Owns which tensors share a file, and the files' names. Each file is made like any other output, in
+`cq.core.workplace`, which gives all of them their names at the end.
 """
 
 from __future__ import annotations
@@ -10,28 +10,26 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
-from cq.core import files, laid_out, manifest, sink
+from cq.core import laid_out, manifest, sink
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import TensorSpec
 from cq.core.engine.local import Progress
-from cq.core.errors import InputError, PlanError, ResourceError, UsageError
+from cq.core.errors import PlanError, UsageError
 from cq.core.source import INDEX_SUFFIX
 from cq.core.streaming import CPU, Checkpointed, StreamingMode
 from cq.core.text import as_text
+from cq.core.workplace import Workplace
 from cq.core.write import Engine, Written, connected, write
 
 _SUFFIX = ".safetensors"
 # What a tensor's entry in a header takes at most, beside its name and the sizes in its shape
 _ENTRY_BYTES, _SIDE_BYTES = 128, 21
-_BEGINS = (b'{"work":', b'{\n  "metadata"')  # of notes and of an index
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +77,10 @@ def plan(checkpoint: Checkpoint, index: Path, max_bytes: int) -> tuple[Shard, ..
         groups[-1] += names
         size += nbytes
     stem, count = index.name.removesuffix(INDEX_SUFFIX), len(groups)
+    of = {name: number for number, names in enumerate(groups) for name in names}
     return tuple(
-        Shard(index.with_name(f"{stem}-{i:05}-of-{count:05}{_SUFFIX}"), checkpoint.narrowed(names))
-        for i, names in enumerate(groups, 1)
+        Shard(index.with_name(f"{stem}-{i:05}-of-{count:05}{_SUFFIX}"), own)
+        for i, own in enumerate(checkpoint.divided(of, count), 1)
     )
 
 
@@ -109,11 +108,13 @@ def check_targets(
     *,
     force: bool,
     restart: bool = False,
-) -> tuple[Shard, ...]:
-    """The shards, once it is known that their files and the index may be written. `restart` is to
-    give up what an interrupted run has left.
+) -> tuple[tuple[Shard, ...], Workplace, frozenset[str]]:
+    """The shards, where they are to be made, and the names that they may take in any case, once it
+    is known that their files and the index may be written. `restart` is to discard what an
+    interrupted run has left.
 
-    Raises: as `cq.core.sink.check_target`, for each of them; UsageError for a name that is no text.
+    Raises: as `cq.core.sink.check_target`, for each of them; UsageError for a name that is no text;
+    PlanError for unfinished work of another command, without `restart`.
     """
     index = index_path(output)
     if as_text(index.name) != index.name:
@@ -123,11 +124,24 @@ def check_targets(
             code="usage.path",
         )
     shards = plan(checkpoint, index, max_bytes)
-    own = _left(index) if restart else _finished(index, _digest(checkpoint, max_bytes), shards)
-    for shard in shards:
-        sink.check_target(checkpoint, shard.path, force=force or shard.path.name in own)
-    sink.check_target(checkpoint, index, force=force)
-    return shards
+    place = Workplace(
+        index=index,
+        digest=_digest(checkpoint, max_bytes),
+        names=tuple(shard.path.name for shard in shards),
+        restart=restart,
+    )
+    inputs = [file.path for file in checkpoint.inputs]
+    if any(os.path.realpath(path.parent) == os.path.realpath(place.path) for path in inputs):
+        raise PlanError(
+            f"an input lies in `{place.path}`, where the output is made",
+            where=str(index),
+            hint="choose another output; cq never overwrites what it reads",
+            code="plan.output_is_input",
+        )
+    allowed = place.look()
+    for path in (*(shard.path for shard in shards), index):
+        sink.check_target(checkpoint, path, force=force or path.name in allowed)
+    return shards, place, allowed
 
 
 def write_shards(
@@ -149,59 +163,49 @@ def write_shards(
     """Write `checkpoint` as shards of at most `max_bytes` and an index, going on from where an
     interrupted run stopped; the rest as `cq.core.write.write`. ComfyUI reads single files only.
 
-    Raises: as `cq.core.write.write`. Before the index is there, the shards are no checkpoint.
+    Raises: as `cq.core.write.write`. All files get their names at the end, the index the last.
     """
     started = time.monotonic()
-    index = index_path(output)
-    digest = _digest(checkpoint, max_bytes)
-    shards = check_targets(checkpoint, output, max_bytes, force=force, restart=restart)
-    left = _left(index) if restart else frozenset()
-    if restart:
-        _discard(index)
-    done = _finished(index, digest, shards)
-    nbytes = parts = resumed = written_bytes = 0
+    shards, place, allowed = check_targets(
+        checkpoint, output, max_bytes, force=force, restart=restart
+    )
+    laid = {s.path.name: sink.nbytes_file(s.checkpoint) for s in shards}
+    parts = resumed = written_bytes = 0
     total = sum(shard.checkpoint.nbytes for shard in shards)
     retreated: set[str] = set()
-    with connected(engine, workers):
+    with connected(engine, workers), place:
+        if place.note.naming is None:
+            place.check_room(laid.items())
         for shard in shards:
-            own = len(shard.checkpoint.parts)
-            if shard.path.name in done:
-                _drop(sink.working_files(shard.path)[1])  # left by a kill right after the name
-                nbytes += shard.path.stat().st_size
+            own, made = len(shard.checkpoint.parts), place.made(shard.path.name)
+            if place.note.naming is not None or made.exists():
                 resumed += own
             else:
-                # A kill may come between the shard's name and the next note.
-                begun = {"shard": shard.path.name, "in_the_way": _identity(shard.path)}
-                _put(index, {"work": digest, "finished": done, "begun": begun}, _notes(index))
-                try:
-                    written = write(
-                        shard.checkpoint,
-                        shard.path,
-                        force=force or shard.path.name in left,
-                        restart=restart,
-                        workers=workers,
-                        memory_limit=memory_limit,
-                        engine=engine,
-                        device=device,
-                        streaming_mode=streaming_mode,
-                        quip_checkpointed=quip_checkpointed,
-                        vram_limit=vram_limit,
-                        on_progress=_shifted(on_progress, written_bytes, total, parts),
-                    )
-                except (InputError, ResourceError):
-                    if not done:  # nothing to go on from
-                        _drop(_notes(index))
-                    raise
-                nbytes += written.nbytes
+                written = write(
+                    shard.checkpoint,
+                    made,
+                    workers=workers,
+                    memory_limit=memory_limit,
+                    engine=engine,
+                    device=device,
+                    streaming_mode=streaming_mode,
+                    quip_checkpointed=quip_checkpointed,
+                    vram_limit=vram_limit,
+                    on_progress=_shifted(on_progress, written_bytes, total, parts),
+                )
                 resumed += written.parts_resumed
                 retreated.update(written.retreated)
-                done[shard.path.name] = _identity(shard.path)
             parts += own
             written_bytes += shard.checkpoint.nbytes
-    _end(index, {"work": digest, "finished": done}, shards, total)
+        place.name(
+            _index(shards, total),
+            force=force,
+            allowed=allowed,
+            sound=lambda: all(map(_is_whole, shards)),
+        )
     return Written(
-        path=index,
-        nbytes=nbytes,
+        path=place.index,
+        nbytes=sum(laid.values()),
         seconds=time.monotonic() - started,
         parts=parts,
         parts_resumed=resumed,
@@ -210,15 +214,10 @@ def write_shards(
     )
 
 
-def _end(index: Path, notes: Mapping[str, Any], shards: Iterable[Shard], total: int) -> None:
-    """Make a checkpoint of whole shards: write the index, and drop the notes."""
+def _index(shards: Iterable[Shard], total: int) -> bytes:
     placed = {name: shard.path.name for shard in shards for name in shard.checkpoint.specs}
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-    # Killed between the index's name and the end of the notes, these speak of nothing unfinished.
-    _put(index, {**notes, "ended": hashlib.sha256(_text(document)).hexdigest()}, _notes(index))
-    _put(index, document, index)
-    files.sync_directory(index.parent)
-    _drop(_notes(index))
+    return orjson.dumps(document, option=orjson.OPT_INDENT_2)
 
 
 def _shifted(
@@ -240,160 +239,12 @@ def _digest(checkpoint: Checkpoint, max_bytes: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _partial(index: Path) -> Path:
-    """What becomes the notes or the index by its name; beside a link, not behind it."""
-    return index.with_name(index.name + ".partial")
-
-
-def _notes(index: Path) -> Path:
-    """Where it stands which shards are whole, as long as the index is not written."""
-    return index.with_name(index.name + ".partial.journal")
-
-
-def _finished(index: Path, digest: str, shards: Iterable[Shard]) -> dict[str, list[int] | None]:
-    """The shards that an interrupted run of the same work has left whole, and which files they are.
-
-    Raises: PlanError if the notes are of other work, or are somebody else's file.
-    """
-    _check_partial(index)
-    found = _noted(index)
-    if found is None:
-        return {}
-    with suppress(OSError):
-        if found.get("ended") == hashlib.sha256(index.read_bytes()).hexdigest():
-            return {}
-    if found.get("work") != digest:
-        raise PlanError(
-            f"`{_notes(index)}` speaks of unfinished work of another command",
-            where=str(_notes(index)),
-            hint="run that command again to finish it, or add `--restart` to discard it",
-            code="plan.other_partial",
-        )
-    done: dict[str, list[int] | None] = dict(_unchanged(index, found))
-    begun = found.get("begun")
-    for shard in shards:
-        # Where a file was in the way, a file there proves nothing: it is written again.
-        if begun == {"shard": shard.path.name, "in_the_way": None} and _is_whole(shard):
-            done[shard.path.name] = _identity(shard.path)
-    return done
-
-
-def _noted(index: Path) -> dict[str, Any] | None:
-    """The notes beside an index, if there are any. Raises: PlanError if they are not cq's."""
-    try:
-        found = orjson.loads(_notes(index).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, orjson.JSONDecodeError):
-        found = None
-    if not isinstance(found, dict) or not isinstance(found.get("finished"), dict):
-        raise _in_the_way(_notes(index))
-    return found
-
-
-def _unchanged(index: Path, found: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The files that the notes call finished and that are still what they were."""
-    return {
-        name: was
-        for name, was in found["finished"].items()
-        if was is not None and Path(name).name == name and was == _identity(index.with_name(name))
-    }
-
-
-def _left(index: Path) -> frozenset[str]:
-    """Shards of an interrupted run of whatever work, which it may be told to give up."""
-    try:
-        found = _noted(index)
-    except PlanError:
-        return frozenset()
-    return frozenset() if found is None else frozenset(_unchanged(index, found))
-
-
 def _is_whole(shard: Shard) -> bool:
-    """Whether the file under a shard's name is what was to get it: nothing is left of the work on
-    it, and it has the size and the head that it will have."""
+    """Whether the file under a shard's name has the size and the head that it is to have."""
     laid = laid_out.OpenFile(shard.checkpoint)
     try:
-        if sink.working_files(shard.path)[0].exists():
-            return False
         with shard.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             return size == laid.header.nbytes_file and file.read(len(laid.head)) == laid.head
     except OSError:
         return False
-
-
-def _check_partial(index: Path) -> None:
-    """Raises: PlanError if the file through which notes are written is somebody else's."""
-    path = _partial(index)
-    try:
-        with path.open("rb") as file:
-            head = file.read(max(map(len, _BEGINS)))
-    except FileNotFoundError:
-        if path.is_symlink():
-            raise _in_the_way(path) from None
-        return
-    except NotADirectoryError:
-        return
-    except OSError as error:
-        raise _in_the_way(path) from error
-    if path.is_symlink() or not any(
-        head.startswith(begin) or begin.startswith(head)  # also one that was torn
-        for begin in _BEGINS
-    ):
-        raise _in_the_way(path)
-
-
-def _discard(index: Path) -> None:
-    try:
-        for path in (_partial(index), _notes(index)):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise sink.unwritable(str(index), error) from error
-
-
-def _identity(path: Path) -> list[int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return [found.st_dev, found.st_ino, found.st_mtime_ns]
-
-
-def _text(document: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2)
-
-
-def _put(index: Path, document: Mapping[str, Any], target: Path) -> None:
-    """Write a document under the name `target`, which is the old or the new one at every moment."""
-    raw = _text(document) if target == index else orjson.dumps(document)
-    partial = _partial(index)
-    try:
-        fd = os.open(partial, files.OWN_FLAGS, 0o666)
-    except OSError as error:
-        raise sink.unwritable(str(index), error) from error
-    try:
-        try:
-            os.ftruncate(fd, 0)
-            files.write_at(fd, memoryview(raw), 0)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        partial.replace(target)
-    except OSError as error:
-        _drop(partial)
-        raise sink.unwritable(str(index), error) from error
-
-
-def _drop(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def _in_the_way(path: Path) -> PlanError:
-    return PlanError(
-        f"`{path}` is in the way, and it is not cq's",
-        where=str(path),
-        hint="move it away, or add `--restart` to discard it",
-        code="plan.other_partial",
-    )

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from cq.core import files
 from cq.core.checkpoint import Checkpoint, Part
@@ -31,13 +32,14 @@ from cq.core.engine import local
 from cq.core.errors import InputError, PlanError, UsageError
 from cq.core.journal import read_journal
 from cq.core.laid_out import JournalledFile
-from cq.core.sink import already_there, check_target, no_room, unwritable
+from cq.core.sink import already_there, check_kind, check_target, no_room, unwritable
 from cq.core.source import check_unchanged
 from cq.core.text import as_text
 from cq.core.write import Written, fill
 
 _COMPUTED_COST = 16  # of a byte that is computed, in bytes that are copied
 _ATTEMPTS = 3
+_SAMPLES, _SAMPLE_BYTES = 64, 1024  # of the tensors of an output without stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ def write_share(
     started = time.monotonic()
     retreated: list[str] = []
     settings = replace(settings or local.Settings(), on_retreat=retreated.append)
+    check_kind(Path(path))
     sink = ShareSink(checkpoint, Path(path), share, force=force)
 
     def written(resumed: int) -> Written:
@@ -128,7 +131,7 @@ def write_share(
             retreated=tuple(sorted(set(retreated))),
         )
 
-    if sink.is_whole():
+    if not force and sink.is_whole():
         sink.sweep()
         return ShareDone(written=written(len(sink.own)), ready=True)
     check_target(checkpoint, Path(path), force=force)
@@ -164,20 +167,31 @@ class ShareSink(JournalledFile):
         return self.directory / f"{share.number}-of-{share.count}.journal"
 
     def is_whole(self) -> bool:
-        """Whether the output is there and is this checkpoint's: its head says so, and a file under
-        its own name is complete."""
+        """Whether the output is there and is this checkpoint's: it was written after the sources
+        were, its head names them and the stages, and a file under its own name is complete. Without
+        stages a head says little, and samples of the tensors are compared."""
+        newest = max((i.mtime_ns for i in self._checkpoint.inputs), default=0)
         try:
             with self.target.open("rb") as file:
                 stat = os.fstat(file.fileno())
-                # With stages the head names the sources; without, only the times can tell.
-                newest = max((i.mtime_ns for i in self._checkpoint.inputs), default=0)
-                return (
-                    stat.st_size == self.header.nbytes_file
-                    and (bool(self._checkpoint.stages) or stat.st_mtime_ns >= newest)
-                    and file.read(len(self.head)) == self.head
-                )
+                if stat.st_size != self.header.nbytes_file or stat.st_mtime_ns < newest:
+                    return False
+                alike = file.read(len(self.head)) == self.head
+                return alike and (bool(self._checkpoint.stages) or self._samples_agree(file))
         except OSError:
             return False
+
+    def _samples_agree(self, file: BinaryIO) -> bool:
+        parts = [part for part in self._checkpoint.parts if part.extent is not None]
+        for part in parts[:: max(1, len(parts) // _SAMPLES)]:
+            assert part.extent is not None
+            count = min(part.extent.nbytes, _SAMPLE_BYTES)
+            file.seek(self.header.data_start + self.header.entries[part.name].start)
+            own = memoryview(bytearray(count))
+            part.extent.file.read_into(own, part.extent.offset, tensor=part.name)
+            if file.read(count) != own:
+                return False
+        return True
 
     def __enter__(self) -> ShareSink:
         try:
@@ -246,7 +260,9 @@ class ShareSink(JournalledFile):
             )
         self._claimed = True
         self.journal.begin(self.dated, go_on=same)
-        self.fd = os.open(self.partial, files.SHARED_FLAGS, 0o666)
+        # Of two that have begun at once at least one sees the other here: first noted, then looked.
+        self._refuse_others()
+        self.fd = files.open_own(self.partial, files.SHARED_FLAGS)
         if same and noted is not None:
             self.finished = noted[1] & set(self.own)
 

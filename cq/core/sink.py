@@ -19,7 +19,7 @@ from typing import IO, Protocol
 
 from cq.core import files, header
 from cq.core.checkpoint import Checkpoint, Extent, Piece
-from cq.core.errors import CqError, InternalError, PlanError, ResourceError
+from cq.core.errors import CqError, InternalError, PlanError, ResourceError, Unfinished
 from cq.core.journal import read_journal
 from cq.core.laid_out import JournalledFile, OpenFile, final_metadata
 from cq.core.source import check_unchanged
@@ -56,9 +56,10 @@ class FileSink(JournalledFile):
     """Writes `checkpoint` to `target` through `target.partial`.
 
     Use as a context manager: leaving it normally commits; leaving it by an exception that says the
-    work cannot be finished removes the partial file; leaving it by KeyboardInterrupt keeps it, as a
-    kill does, and the same call later goes on from there. `in_place` says that `target` is the
-    input itself: it stays until the new file is complete, and its mode is kept.
+    work cannot be finished removes the partial file; leaving it by KeyboardInterrupt, or by
+    Unfinished, keeps it, as a kill does, and the same call later goes on from there. `in_place`
+    says that `target` is the input itself: it stays until the new file is complete, and its mode is
+    kept.
 
     Raises: PlanError if `target` exists (without `force`), is one of the inputs, is not a regular
     file, is being written by another process, or has a partial file of other work (without
@@ -83,7 +84,7 @@ class FileSink(JournalledFile):
 
     def __enter__(self) -> FileSink:
         try:
-            self.fd = os.open(self.partial, files.OWN_FLAGS, 0o666)
+            self.fd = files.open_own(self.partial)
         except OSError as error:
             raise unwritable(self.shown, error) from error
         try:
@@ -165,7 +166,7 @@ class FileSink(JournalledFile):
                 self._leave(remove=not isinstance(failure, KeyboardInterrupt))
                 raise
         else:
-            self._leave(remove=not issubclass(kind, KeyboardInterrupt))
+            self._leave(remove=not issubclass(kind, KeyboardInterrupt | Unfinished))
             if isinstance(error, OSError):
                 raise no_room(self.shown, self.header.nbytes_file, error) from error
 
@@ -219,6 +220,7 @@ def check_target(
     regular file; ResourceError if its directory is missing.
     """
     shown = str(target)
+    check_kind(target)
     for path in (*(() if in_place else (target,)), *working_files(target)):
         if any(file.same_file(path) for file in checkpoint.inputs) or any(
             _same_file(source.path, path) for source in checkpoint.sources
@@ -229,21 +231,23 @@ def check_target(
                 hint="choose another output; cq never overwrites what it reads",
                 code="plan.output_is_input",
             )
-    if (os.path.exists(target) and not os.path.isfile(target)) or shown.endswith(
-        os.sep
-    ):  # never raises, whatever the name
-        raise PlanError(
-            f"`{shown}` is not a regular file",
-            where=shown,
-            hint="name a file; `-o -` writes the bytes to stdout",
-            code="plan.output_kind",
-        )
     if os.path.exists(target) and not (force or in_place):
         raise already_there(shown)
     parent = os.path.dirname(os.path.realpath(target))
     if not os.path.isdir(parent):
         raise ResourceError(
             f"the directory `{parent}` does not exist", where=shown, code="resource.directory"
+        )
+
+
+def check_kind(target: Path) -> None:
+    """Raises: PlanError if `target` is there, and no regular file."""
+    if os.path.exists(target) and not os.path.isfile(target):  # never raises, whatever the name
+        raise PlanError(
+            f"`{target}` is not a regular file",
+            where=str(target),
+            hint="name a file; `-o -` writes the bytes to stdout",
+            code="plan.output_kind",
         )
 
 

@@ -302,7 +302,7 @@ def _in_directory(directory: Path) -> Path:
 
 def _open_index(path: Path) -> Source:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(files.read_document(path))
     except OSError as error:
         raise unreadable(str(path), error) from error
     except (ValueError, RecursionError) as error:
@@ -325,18 +325,18 @@ def _open_index(path: Path) -> Source:
                 code="input.index",
             )
         names.add(file_name)
-    files = {name: SourceFile(path.parent / name) for name in sorted(names)}
+    shards = {name: SourceFile(path.parent / name) for name in sorted(names)}
     owner: dict[str, SourceFile] = {}
     for tensor, file_name in sorted(weight_map.items()):
-        if tensor not in files[file_name].header.entries:
+        if tensor not in shards[file_name].header.entries:
             raise InputError(
                 f"`{path}` promises tensor `{printable(tensor)}` in `{file_name}`,"
                 " which does not hold it",
                 where=str(path),
                 code="input.index",
             )
-        owner[tensor] = files[file_name]
-    for file_name, file in files.items():
+        owner[tensor] = shards[file_name]
+    for file_name, file in shards.items():
         extra = next((t for t in file.header.entries if owner.get(t) is not file), None)
         if extra is not None:
             raise InputError(
@@ -347,11 +347,11 @@ def _open_index(path: Path) -> Source:
                 code="input.index",
             )
     metadata: dict[str, str] = {}
-    for file in reversed(list(files.values())):
+    for file in reversed(list(shards.values())):
         metadata.update(file.header.metadata)
     return Source(
         path=path,
-        files=tuple(files.values()),
+        files=tuple(shards.values()),
         owner=owner,
         metadata=dict(sorted(metadata.items())),
         shown=str(path),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cq.core.errors import ResourceError, UsageError
+from cq.core.errors import ResourceError, Unfinished, UsageError
 from cq.core.streaming import CPU
 from cq.core.text import printable
 
@@ -109,7 +109,7 @@ def failures_told(name: str, device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         give_back()
-        raise ResourceError(
+        raise Unfinished(
             f"the memory of `{device}` ran out at `{printable(name)}`",
             hint="lower `--vram-limit`, close what else uses the device, or leave `--device` out;"
             " what is finished is kept",
@@ -117,7 +117,7 @@ def failures_told(name: str, device: str) -> Iterator[None]:
         ) from error
     except torch.AcceleratorError as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ResourceError(
+        raise Unfinished(
             f"`{device}` failed at `{printable(name)}`: {told}",
             hint="run the same command again, or leave `--device` out; what is finished is kept",
             code="resource.device",

@@ -26,7 +26,7 @@ import orjson
 from cq.core import errors, files, manifest
 from cq.core.checkpoint import Checkpoint, Part
 from cq.core.engine import device, local, memory
-from cq.core.errors import CqError, InternalError, PlanError, ResourceError
+from cq.core.errors import CqError, InternalError, PlanError, ResourceError, Unfinished
 from cq.core.laid_out import OpenFile, names_of
 from cq.core.sink import FileSink
 from cq.core.streaming import CPU, Checkpointed, Room
@@ -204,10 +204,11 @@ class _Driver:
         try:
             told = self._ray.get(remote)
         except self._ray.exceptions.RayError as error:
-            raise ResourceError(
+            raise Unfinished(
                 f"the workers that computed `{self._parts[batch[0]].name}` died, {_RETRIES + 1}"
                 " times in a row",
-                hint="look at Ray's logs; out of memory is the usual reason",
+                hint="look at Ray's logs, out of memory is the usual reason; what is finished is"
+                " kept",
                 code="resource.worker",
             ) from error
         if told["error"] is not None:
