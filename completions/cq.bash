@@ -38,7 +38,7 @@ _cq() {
       edit:--output|edit:-o) words= files=1 ;;
       edit:--workers) words= ;;
       edit:--memory-limit) words= ;;
-      edit:--engine) words= ;;
+      edit:--engine) words='local ray' ;;
       edit:--plugin) words= files=1 ;;
       merge:--scale) words= ;;
       merge:--method) words='dare orthogonal sum ties' ;;
@@ -54,7 +54,7 @@ _cq() {
       merge:--max-shard-size) words= ;;
       merge:--workers) words= ;;
       merge:--memory-limit) words= ;;
-      merge:--engine) words= ;;
+      merge:--engine) words='local ray' ;;
       merge:--plugin) words= files=1 ;;
       plugins:--plugin) words= files=1 ;;
       quant:--format) words='asym_w4a8_int8 awq_w4a16 bf16 convrot_w4a4 float8_e4m3fn float8_e5m2 fp16 fp32 int8_blockwise int8_tensorwise mxfp8 nvfp4' ;;
@@ -65,20 +65,20 @@ _cq() {
       quant:--recipe) words= files=1 ;;
       quant:--only) words= ;;
       quant:--skip) words= ;;
-      quant:--calibration) words= ;;
-      quant:--calibration-lora) words= ;;
+      quant:--calibration) words= files=1 ;;
+      quant:--calibration-lora) words= files=1 ;;
       quant:--set) words= ;;
       quant:--seed) words= ;;
-      quant:--bf16-compute) words= ;;
+      quant:--bf16-compute) words='auto on off' ;;
       quant:--input-scales) words= ;;
       quant:--smoothquant) words= ;;
       quant:--output|quant:-o) words= files=1 ;;
       quant:--max-shard-size) words= ;;
       quant:--workers) words= ;;
       quant:--memory-limit) words= ;;
-      quant:--engine) words= ;;
-      quant:--device) words='cpu auto cuda[:N]' ;;
-      quant:--streaming-mode) words= ;;
+      quant:--engine) words='local ray' ;;
+      quant:--device) words='cpu auto cuda' ;;
+      quant:--streaming-mode) words='auto off minimal balanced aggressive' ;;
       quant:--quip-checkpointed-threshold) words= ;;
       quant:--quip-checkpointed-segments) words= ;;
       quant:--vram-limit) words= ;;
@@ -88,9 +88,9 @@ _cq() {
       run:--max-shard-size) words= ;;
       run:--workers) words= ;;
       run:--memory-limit) words= ;;
-      run:--engine) words= ;;
-      run:--device) words='cpu auto cuda[:N]' ;;
-      run:--streaming-mode) words= ;;
+      run:--engine) words='local ray' ;;
+      run:--device) words='cpu auto cuda' ;;
+      run:--streaming-mode) words='auto off minimal balanced aggressive' ;;
       run:--quip-checkpointed-threshold) words= ;;
       run:--quip-checkpointed-segments) words= ;;
       run:--vram-limit) words= ;;
@@ -113,7 +113,7 @@ _cq() {
       verify:--against) words= files=1 ;;
       verify:--min-sqnr) words= ;;
       verify:--max-error) words= ;;
-      verify:--calibration) words= ;;
+      verify:--calibration) words= files=1 ;;
       verify:--max-output-error) words= ;;
       verify:--base) words= files=1 ;;
       verify:--fail-on) words= ;;
@@ -148,6 +148,7 @@ _cq() {
     esac
   fi
   COMPREPLY=($(compgen -W "$words" -- "$word"))
+  local IFS=$'\n'  # names of files may hold spaces
   [ -n "$files" ] && [ "${word#-}" = "$word" ] && COMPREPLY+=($(compgen -f -- "$word"))
 }
 complete -o filenames -F _cq cq

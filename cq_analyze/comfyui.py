@@ -61,7 +61,7 @@ class Server:
         if find_spec("websockets") is None:
             raise ResourceError(
                 "talking to ComfyUI needs the package `websockets`, which is not installed",
-                hint="install it: `pip install 'cq[comfyui]'`",
+                hint="install it: `pip install websockets`",
                 code="resource.package",
             )
         self._url = url.rstrip("/")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 _AGAIN = "quantize the original checkpoint again with `cq quant`"
 _MIGRATE = "`cq edit --migrate comfy_quant` writes what ComfyUI reads; the weights stay as they are"
+_NAMED = """`cq edit --migrate comfy_quant --set-quant PATTERN '{"format": …}'`"""
 _REQUANTIZE = "`cq quant --requantize` makes it anew, `cq quant --format bf16` makes it plain"
 _PICTURES = "render both series again with the same names, seeds and sizes"
 
@@ -28,14 +29,15 @@ KINDS: dict[str, Kind] = {
     # Markers and the header
     "marker.missing": Kind(
         "codes or scales without a `comfy_quant` marker: ComfyUI computes with the raw codes",
-        f"{_MIGRATE}; or {_AGAIN}",
+        f"{_MIGRATE}, where the tensors or the other layers tell what it is; else say it, with"
+        f" {_NAMED}; or {_AGAIN}",
     ),
     "marker.invalid": Kind(
         "a marker that is not 1-D U8 JSON", f"{_MIGRATE}; or set it with `cq edit --set-quant`"
     ),
     "marker.format": Kind(
         "a marker whose `format` is missing or one that ComfyUI does not know",
-        f"{_MIGRATE}; {_REQUANTIZE}",
+        f"{_MIGRATE}; if it cannot tell the format, {_NAMED} does; {_REQUANTIZE}",
         "fails",
     ),
     "marker.linear_dtype": Kind(
@@ -64,9 +66,14 @@ KINDS: dict[str, Kind] = {
     "weight.missing": Kind("a layer without a weight", _AGAIN, "fails"),
     "weight.dtype": Kind(
         "a weight of another dtype than its format's",
-        f"{_MIGRATE} where only the label is wrong; else {_AGAIN}",
+        f"{_MIGRATE} where packed codes or 8-bit floats are only labelled otherwise; of integers"
+        f" under another dtype nothing tells what the bytes mean, so no edit mends them: {_AGAIN}",
     ),
-    "weight.shape": Kind("a weight of a shape that its format does not have", _AGAIN),
+    "weight.shape": Kind(
+        "a weight of a shape that its format does not have, or half or twice as wide as in all"
+        " other blocks",
+        _AGAIN,
+    ),
     "fp8.container": Kind(
         "8-bit floats in a container of integers, whose values ComfyUI converts",
         _MIGRATE,
@@ -142,8 +149,14 @@ KINDS: dict[str, Kind] = {
     ),
     # The model
     "layers.missing": Kind(
-        "a layer that all other blocks of the model have",
+        "a layer, or a whole block, that the model's family has; ComfyUI leaves a layer that the"
+        " file lacks uninitialized",
         "take the checkpoint that has all of it, or bring the layer with `cq edit --add-keys FILE`",
+    ),
+    "tensors.missing": Kind(
+        "a norm, table or other tensor beside the layers that the model's family has; ComfyUI"
+        " leaves it uninitialized",
+        "take the checkpoint that has all of it, or bring it with `cq edit --add-keys FILE`",
     ),
     "layers.surplus": Kind(
         "a quantized layer that the model's family does not have, so ComfyUI will not load it",

@@ -140,7 +140,7 @@ def check_installed() -> None:
     if missing:
         raise ResourceError(
             f"comparing pictures needs Pillow and scikit-image, but there is no `{missing[0]}`",
-            hint="install them: `pip install 'cq[images]'`",
+            hint="install them: `pip install pillow scikit-image`",
             code="resource.package",
         )
 

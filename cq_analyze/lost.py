@@ -20,7 +20,9 @@ from cq_analyze.reference import Reference
 from cq_analyze.report import UNLIKE, Finding, finding
 
 _BIAS = ".bias"
-_TOLD = frozenset({"layers.missing", "weight.missing", "bias.missing", "reference.missing"})
+_TOLD = frozenset(
+    {"layers.missing", "tensors.missing", "weight.missing", "bias.missing", "reference.missing"}
+)
 
 
 def absent(checkpoint: Checkpoint, layers: Iterable[str], reference: Reference) -> list[str]:

@@ -24,7 +24,7 @@ from cq.core.formats import Format
 from cq.core.knowledge import Knowledge, know
 from cq.core.stored import Stored, is_code, is_scale
 from cq.core.text import printable
-from cq_analyze import placement
+from cq_analyze import completeness, placement, unclear
 from cq_analyze.reference import is_padded
 from cq_analyze.report import Finding, finding, natural
 
@@ -82,7 +82,10 @@ def examine(checkpoint: Checkpoint) -> Structure:
             marked.append(_marked(layer, settings, own, names[layer], known, findings))
     notes, unmarked = _unmarked(checkpoint, tensors, {m.layer for m in marked}, findings)
     notes += [*_custom(marked), *placement.unrotated(marked)]
-    findings += placement.incomplete(checkpoint, marked, known)
+    lacking, said = completeness.judge(checkpoint.specs, tensors, [m.layer for m in marked], known)
+    findings += lacking
+    notes += said
+    findings += unclear.misread(marked, tensors)
     if not marked and not unmarked:
         notes.insert(0, "the checkpoint is not quantized: no layer has a `comfy_quant` marker")
     model = comfy.diffusers_model(checkpoint.specs)
@@ -98,7 +101,7 @@ def examine(checkpoint: Checkpoint) -> Structure:
     }
     return Structure(
         marked=tuple(marked),
-        findings=tuple(findings),
+        findings=tuple(unclear.told(checkpoint, findings)),
         notes=tuple(notes),
         coded=frozenset(coded),
     )

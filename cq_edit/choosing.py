@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from cq.core import comfy
-from cq.core.errors import PlanError
-from cq.core.stored import SCALED_FP8
+from cq.core import catalog, comfy
+from cq.core.errors import InputError, PlanError
+from cq.core.stored import SCALED_FP8, format_of, reads
 from cq.core.text import printable
 from cq_edit.draft import Draft, Layer, matching
 
@@ -44,8 +44,8 @@ def _refuse_torn(draft: Draft, layer: Layer, gone: Collection[str]) -> None:
     """Raises: PlanError if the layer does not stay what it is without the tensors `gone`."""
     marker = layer.name + comfy.MARKER
     told_twice = draft.header is not None and layer.name in draft.header
-    for name in layer.needed.values():
-        if name in gone and not (name == marker and told_twice):
+    for local, name in layer.needed.items():
+        if name in gone and not (name == marker and told_twice) and _is_read(draft, layer, local):
             raise PlanError(
                 f"`{printable(name)}` of {draft.shown} cannot be removed alone: the quantized layer"
                 f" `{printable(layer.name)}` would be read as raw codes, or not at all",
@@ -53,6 +53,18 @@ def _refuse_torn(draft: Draft, layer: Layer, gone: Collection[str]) -> None:
                 hint=f"remove the layer with `--remove-keys '{printable(layer.name)}.*'`; {_HINT}",
                 code="plan.torn_layer",
             )
+
+
+def _is_read(draft: Draft, layer: Layer, local: str) -> bool:
+    """Whether ComfyUI reads the tensor in a layer of its format; taken for granted where that is
+    not one of cq's own."""
+    try:
+        name = format_of((draft.settings(layer.name) or {}).get("format"))
+    except InputError:
+        name = None
+    if name is None or not catalog.origin("formats", name).startswith("cq.core."):
+        return True
+    return reads(catalog.load("formats", name), local)
 
 
 def _refuse_old_flag(draft: Draft, gone: Mapping[str, str]) -> None:

@@ -43,6 +43,24 @@ class _Command(TyperCommand):
             if parameter.name == "set_quant":
                 parameter.nargs = 2
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises: UsageError for a `--set-quant` whose second value is something else, which would
+        go unseen: the words that follow it would be taken for what they are not."""
+        completes = bool(ctx.resilient_parsing)
+        for i, word in enumerate(
+            [] if completes else args[: args.index("--") if "--" in args else None]
+        ):
+            flag, equals, _ = word.partition("=")
+            if flag != "--set-quant" or (i and args[i - 1] == "--set-quant" and not equals):
+                continue
+            values = args[i + 1 :][: 1 if equals else 2]
+            if len(values) < (1 if equals else 2) or not values[-1].lstrip().startswith(("{", "[")):
+                raise UsageError(
+                    "`--set-quant` needs 2 values, a pattern and a JSON object",
+                    hint="""such as `--set-quant '*' '{"full_precision_matrix_mult": true}'`""",
+                )
+        return super().parse_args(ctx, args)
+
 
 def _many(flag: str, metavar: str, text: str) -> Any:
     return typer.Option(flag, metavar=metavar, help=f"{text}; repeatable.")
@@ -81,7 +99,7 @@ def register(app: typer.Typer) -> None:
         ] = None,
         set_quant: Annotated[
             _Strings,
-            _many("--set-quant", "PATTERN JSON", "Patch markers; null removes a setting"),
+            _many("--set-quant", "PATTERN JSON", "Patch markers, lost ones too; null removes"),
         ] = None,
         quant_filter: Annotated[
             _Strings,
@@ -206,7 +224,7 @@ def register(app: typer.Typer) -> None:
             checkpoint,
             _named(asked, source),
             command="edit",
-            remarks=list(_remarks(checkpoint)),
+            remarks=[*_remarks(checkpoint), *(_renamed(source, checkpoint) if rename else ())],
             columns=_COLUMNS if edited and checkpoint.notes else (),
             rows=_rows(checkpoint.notes if edited else ()),
         )
@@ -309,6 +327,22 @@ def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
         yield ", ".join(f"{count} {_WORDS[what]}" for what, count in counts.items())
     elif edited:
         yield "there is nothing to change: all is as it is asked to be"
+
+
+def _renamed(source: Checkpoint, checkpoint: Checkpoint) -> Iterator[str]:
+    """A remark if ComfyUI would not take the model for what it was: names may be meant for another
+    program, so that is no error."""
+    from cq.core.knowledge import know
+
+    before, after = know(source.specs), know(checkpoint.specs)
+    now = {match.family.name for match in after.matches}
+    gone = [match.family.title for match in before.matches if match.family.name not in now]
+    if gone:
+        told = f"is {after.described()}" if after.matches else "is of no family that cq knows"
+        yield (
+            f"by its new names the model {told}, and was {' and '.join(gone)} before: ComfyUI tells"
+            " models by names"
+        )
 
 
 def _rows(notes: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cq.core import select
+from cq.core import comfy, select
 from cq.core.components import Component, component_of, components
 from cq.core.errors import PlanError
 from cq.core.text import printable
@@ -96,7 +96,8 @@ def _component(draft: Draft, name: str) -> Component:
 
 def split_components(checkpoint: Checkpoint, **changes: Any) -> dict[str, Checkpoint]:
     """Each component of a checkpoint as a checkpoint of its own, by name; `changes` are those of
-    `cq_edit.edit`, made to the whole before.
+    `cq_edit.edit`, made to the whole before; a header form is written for those that have layers
+    for it.
 
     Raises: PlanError if there is one component only, or as `edit`.
     """
@@ -111,4 +112,12 @@ def split_components(checkpoint: Checkpoint, **changes: Any) -> dict[str, Checkp
             hint="`--extract-component` takes its prefix away",
             code="plan.component",
         )
-    return {name: edit(checkpoint, **changes, extract_component=name) for name in found}
+    marked = {component_of(layer + comfy.WEIGHT) for layer in comfy.header_layers(whole.metadata)}
+    saved = {component.prefix for component in marked}
+    made = {}
+    for name, component in found.items():
+        own = changes
+        if changes.get("save_quant_metadata") and component.prefix not in saved:
+            own = {key: value for key, value in changes.items() if key != "save_quant_metadata"}
+        made[name] = edit(checkpoint, **own, extract_component=name)
+    return made

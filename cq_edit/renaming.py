@@ -40,7 +40,8 @@ class Renaming:
         if not equals or sought in {"", "re:"}:
             raise UsageError(
                 f"`{printable(text)}` is not a rule to rename by",
-                hint="write `OLD=NEW` for a tensor, a layer or a prefix, or `re:OLD=NEW`",
+                hint="write `OLD=NEW` for a tensor, a layer or a prefix, or `re:OLD=NEW`;"
+                " `re:^=PREFIX.` puts a prefix before all names",
                 code="usage.rename",
             )
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +35,15 @@ def _text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _dtype(value: object) -> bool:
+    return isinstance(value, str) and value in _DTYPES
+
+
 def _sides(value: object) -> bool:
     return isinstance(value, list) and all(map(_count, value)) and 0 < len(value) <= 8
+
+
+_DTYPES = frozenset(f"torch.{name}" for name in ("bfloat16", "float16", "float32"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,7 @@ SCHEMA: Mapping[str, _Setting] = {
     ),
     "num_experts": _Setting("a positive integer", _count),
     "orig_shape": _Setting("a list of sizes", _sides, ("mxfp8", "nvfp4")),
-    "orig_dtype": _Setting('a dtype of torch, such as "torch.bfloat16"', _text),
+    "orig_dtype": _Setting('a dtype of torch, such as "torch.bfloat16"', _dtype),
     "per_row": _Setting("true or false", _flag, ("int8_tensorwise",)),
 }
 # Settings by which the stored numbers are decoded, with what their absence means.
@@ -70,6 +78,18 @@ _DECODING = {
     "group_size": {"asym_w4a8_int8": 16, "awq_w4a16": 64, "int8_blockwise": 128},
     "orig_shape": None,
 }
+
+
+class _Twice(Exception):
+    """A name that stands twice in an object."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Twice(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +110,14 @@ class Patch:
         found: Any = settings
         if isinstance(settings, str):
             try:
-                found = orjson.loads(settings)
+                orjson.loads(settings)  # stricter than what can see a setting told twice
+                found = json.loads(settings, object_pairs_hook=_once)
+            except _Twice as error:
+                raise UsageError(
+                    f"the settings for `{printable(pattern)}` name `{printable(str(error))}` twice",
+                    hint="leave one of them out",
+                    code="usage.settings",
+                ) from error
             except orjson.JSONDecodeError as error:
                 raise UsageError(
                     f"the settings for `{printable(pattern)}` are not JSON:"
@@ -121,23 +148,79 @@ def set_quant(
     """Patch markers, and entries in the header where there are such, of the layers that a patch's
     pattern and `filters` name.
 
-    A filter is a format's name or a pattern over layers. Raises: PlanError for a pattern or a
+    A filter is a format's name or a pattern over layers. A patch with a `format` may also name
+    layers that have lost their marker. Raises: PlanError for a pattern or a
     filter that matches nothing, a setting that the layer's format does not have, and a change of
     how stored numbers are decoded.
     """
-    layers = [name for name in draft.layers() if _has_marker(draft, name)]
-    if not layers:
+    marked = [name for name in draft.layers() if _has_marker(draft, name)]
+    bare = _unmarked(draft) if any(map(_names_format, patches)) else []
+    if not marked and not bare:
         old = any(layer.evidence != "dtype" for layer in draft.layers().values())
         raise PlanError(
             f"no layer of {draft.shown} has a marker",
             hint="`--migrate comfy_quant` writes markers" if old else "quantize it first",
             code="plan.no_marker",
         )
-    allowed = _filtered(draft, layers, filters)
-    now = {name: _settings(draft, name, patches) for name in layers}
+    _patch(draft, patches, filters, marked, bare, allow_broken=allow_broken)
+
+
+def declare(draft: Draft, patches: Sequence[Patch], filters: Sequence[str]) -> None:
+    """Write what patches say of layers of which no marker names a format, so that they can be read.
+
+    Whether their tensors are as the format has them is not asked: they are yet to be migrated.
+    Raises: as `set_quant`.
+    """
+    if any(word in catalog.names("formats") for word in filters):
+        return  # what names no format is of none
+    unnamed = _unmarked(draft)
+    for name in draft.layers():
+        with suppress(InputError):  # what is no JSON is told where the layer is read
+            if _has_marker(draft, name) and "format" not in (draft.settings(name) or {}):
+                unnamed.append(name)
+    named: set[str] = set()
+    saying = []
+    for patch in patches:
+        found = select.first_matches(
+            [patch.pattern], unnamed if _names_format(patch) else sorted(named)
+        )
+        named |= found.keys()
+        saying += [patch] if found else []
+    if saying:
+        _patch(draft, saying, filters, [], unnamed, allow_broken=True)
+
+
+def _names_format(patch: Patch) -> bool:
+    return patch.settings.get("format") is not None
+
+
+def _unmarked(draft: Draft) -> list[str]:
+    """Quantized layers without a marker, which a patch with a `format` can give one."""
+    return [
+        name
+        for name, layer in draft.layers().items()
+        if not _has_marker(draft, name)
+        and "weight" in layer.tensors
+        and any(map(stored.is_scale, layer.tensors))
+    ]
+
+
+def _patch(
+    draft: Draft,
+    patches: Sequence[Patch],
+    filters: Sequence[str],
+    marked: Sequence[str],
+    bare: Sequence[str],
+    *,
+    allow_broken: bool,
+) -> None:
+    """Patch `marked` layers, and of `bare` ones those for which a patch names a format."""
+    allowed = _filtered(draft, [*marked, *bare], filters)
+    now: dict[str, dict[str, Any]] = {}
     reasons: dict[str, str] = {}
     for patch in patches:
-        chosen = select.select([patch.pattern], layers, what="quantized layer")
+        among = [*marked, *bare] if _names_format(patch) else [*marked, *reasons]
+        chosen = select.select([patch.pattern], dict.fromkeys(among), what="quantized layer")
         left = [name for name in chosen if name in allowed]
         if not left:
             raise PlanError(
@@ -147,7 +230,8 @@ def set_quant(
                 code="plan.pattern",
             )
         for name in left:
-            now[name] = _patched(name, now[name], patch)
+            before = now[name] if name in now else _settings(draft, name, patches)
+            now[name] = _patched(draft, name, before, patch)
             reasons[name] = f"`--set-quant {patch.pattern}`"
     _write(draft, {name: (now[name], why) for name, why in reasons.items()}, allow_broken)
 
@@ -174,7 +258,7 @@ def _write(
 
     Raises: PlanError if one changes what stored numbers mean, unless that mends a layer.
     """
-    decoding = {}
+    decoding, lost = {}, {name for name in patched if not _has_marker(draft, name)}
     for name, (after, _) in patched.items():
         before = _settings(draft, name, [Patch(name, after)])
         changed = [key for key in _DECODING if _meant(before, key) != _meant(after, key)]
@@ -183,14 +267,23 @@ def _write(
     judged = bool(decoding) and not allow_broken
     sick = of_layers(draft.checkpoint(), decoding) if judged else {}
     for name, (after, why) in patched.items():
-        if name + comfy.MARKER in draft:
+        in_header = draft.header is not None and name in draft.header
+        if name + comfy.MARKER in draft or not in_header:
             draft.set_marker(name, after, why)
-        if draft.header is not None and name in draft.header:
+        if in_header:
             draft.set_entry(name, after, why)
     still = of_layers(draft.checkpoint(), decoding) if judged else {}
     for name, key in decoding.items() if judged else ():
         if name not in sick or name in still:
             why_not = f"then {still[name]}" if name in still else "no check could tell if it fits"
+            if name in lost and name in still:
+                raise PlanError(
+                    f"the layer `{printable(name)}` cannot have this marker as it is: {why_not}",
+                    where=name,
+                    hint="add `--migrate comfy_quant`, which gives its tensors today's names and"
+                    " shapes; `--allow-broken` writes it all the same",
+                    code="plan.setting_decodes",
+                )
             raise PlanError(
                 f"`{key}` says how the stored numbers of the layer `{printable(name)}` are read,"
                 f" so it is not changed: {why_not}",
@@ -221,18 +314,36 @@ def _filtered(draft: Draft, layers: Sequence[str], filters: Sequence[str]) -> se
     return allowed
 
 
-def _patched(name: str, before: Mapping[str, Any], patch: Patch) -> dict[str, Any]:
+def _patched(draft: Draft, name: str, before: Mapping[str, Any], patch: Patch) -> dict[str, Any]:
     after = {k: v for k, v in before.items() if patch.settings.get(k, v) is not None}
     after |= {k: v for k, v in patch.settings.items() if v is not None}
     _see_known(name, after, patch.settings)
+    experts = patch.settings.get("num_experts")
+    if experts is not None:
+        _see_experts(draft, name, experts)
     return after
+
+
+def _see_experts(draft: Draft, layer: str, experts: int) -> None:
+    """Raises: PlanError if the layer's weight does not hold so many experts."""
+    weight = draft.layers()[layer].tensors.get("weight")
+    shape = () if weight is None else draft.spec(weight).shape
+    if len(shape) == 3 and shape[0] == experts:
+        return
+    holds = f"{shape[0]} experts" if len(shape) == 3 else "no stacked experts"
+    raise PlanError(
+        f"the layer `{printable(layer)}` holds {holds}, so `num_experts` cannot be {experts}",
+        where=layer,
+        hint="leave it out, or say how many there are",
+        code="plan.setting",
+    )
 
 
 def _see_known(layer: str, after: Mapping[str, Any], patch: Mapping[str, Any]) -> None:
     """Raises: PlanError for a setting that the layer's format does not have."""
     label = after.get("format")
     known = catalog.names("formats")
-    if "format" in patch and label not in known:
+    if "format" in patch and not (isinstance(label, str) and label in known):
         raise PlanError(
             f"the layer `{printable(layer)}` cannot have the format `{printable(str(label))}`"
             if label is not None
@@ -240,7 +351,8 @@ def _see_known(layer: str, after: Mapping[str, Any], patch: Mapping[str, Any]) -
             hint=select.nearest(str(label), known) or "`cq plugins` lists the formats",
             code="plan.no_format",
         )
-    if label in known and not catalog.origin("formats", label).startswith("cq.core."):
+    named = isinstance(label, str) and label in known
+    if named and not catalog.origin("formats", str(label)).startswith("cq.core."):
         return  # a format of somebody else, with settings of its own
     for key, value in patch.items():
         if value is None:
@@ -263,7 +375,7 @@ def _meant(settings: Mapping[str, Any], key: str) -> object:
     found = {**(nested if isinstance(nested, dict) else {}), **settings}
     default: Any = _DECODING[key]
     if isinstance(default, dict):
-        default = default.get(found.get("format"))
+        default = default.get(str(found.get("format")))
     plain = found.get("format") == "int8_tensorwise" and not found.get("convrot")
     if key == "convrot_groupsize" and plain:
         return None  # of no rotation

@@ -1,8 +1,8 @@
 """The edit stage: which changes, in which order, and that no layer is worse off for them.
 
-Owns the order: forms (`--prefer`, `--migrate`), tensors (keep, remove, add), markers, dtypes,
-names, the component, metadata, the header form. Patterns therefore speak of the names in the
-source. Each change is a module of its own.
+Owns the order: forms (`--prefer`, `--migrate` by what `--set-quant` says of lost markers), tensors
+(keep, remove, add), markers, dtypes, names, the component, metadata, the header form. Patterns
+therefore speak of the names in the source. Each change is a module of its own.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class EditStage:
         if self.drop_quant_metadata:
             headers.require_header(draft)
         if self.migrate is not None:
+            settings.declare(draft, self.set_quant, self.quant_filter)
             migrating.migrate(draft)
         if self.keep_keys:
             choosing.keep(draft, self.keep_keys)
@@ -172,7 +173,8 @@ def edit(
     `remove_keys` choose tensors; a quantized weight takes its scales and its marker along.
     `add_keys` are files, `FILE` or `FILE:PATTERN`, whose tensors are added, in the place of others
     of their names with `replace`. `set_quant` are pairs of a pattern over quantized layers and
-    settings for their markers, None to remove one; `quant_filter` leaves of them those of a format
+    settings for their markers, None to remove one; one with a `format` may name layers that have
+    lost their marker, also for `migrate` to go by. `quant_filter` leaves of them those of a format
     or a pattern. `cast` are rules `PATTERN=bf16`, `fp16` or `fp32` for tensors that are not
     quantized. `rename` are rules `OLD=NEW` or `re:OLD=NEW`. `extract_component` keeps one model of
     several, without its prefix. `set_meta` and `remove_meta` change the file's metadata,

@@ -287,6 +287,12 @@ def _explained(checkpoint: Any, base: Any, asked: Any) -> list[dict[str, Any]]:
 def _remarks(note: Any) -> Iterator[str]:
     name = Path(note["path"]).name
     text = f"`{name}` changes {_layers(len(note['layers']))}"
+    asked, counts = note["strength"], note["effective_strength"]
+    if counts != asked:
+        text += (
+            f", at {counts:g} instead of {asked:g}: by `--scale`, and since of several adapters each"
+            " counts 0.9 of the one before it unless `--no-dampen`"
+        )
     if note["unmatched"]:
         text += (
             f"; {len(note['unmatched'])} of its keys fit no layer and are left out,"

@@ -23,7 +23,7 @@ from cq.core.checkpoint import Part
 from cq.core.dtypes import DTYPES, TensorSpec, spec_of
 from cq.core.errors import CqError, PlanError, UsageError
 from cq_analyze import adapters, recipes
-from docs import family_layers
+from docs import family_tensors
 from tests.processes import BASE, STYLE, environment
 from tests.test_architecture import check
 from tests.test_cli_errors import cq as run
@@ -471,9 +471,10 @@ def test_a_model_with_a_few_adapter_names_is_no_adapter() -> None:
 
 
 @pytest.mark.parametrize("family", families.names())
-def test_layers_of_a_family_are_what_its_skeletons_say(family: str) -> None:
-    """Run `docs/family_layers.py` if this fails."""
-    assert sorted(families.load(family).layers) == family_layers.layers()[family]
+def test_tensors_of_a_family_are_what_its_skeletons_say(family: str) -> None:
+    """Run `docs/family_tensors.py` if this fails."""
+    rows = family_tensors.lines(family_tensors.releases()[family])
+    assert families.load(family).tensors.splitlines() == list(rows)
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[CqError], str]] = {

@@ -89,6 +89,15 @@ def rotated_back(group: int) -> torch.Tensor:
     return kitchen.dequantize_int8_convrot_weight(CODES, ROW, group)
 
 
+def unpacked(group: int) -> torch.Tensor:
+    """The codes as pairs of signed 4-bit numbers, the low one first, in the original basis."""
+    low = CODES.bitwise_left_shift(4).bitwise_right_shift(4)
+    pairs = torch.stack((low, CODES.bitwise_right_shift(4)), -1).flatten(1)
+    return rotation.unrotate(pairs * ROW, group)
+
+
+INT4_VALUES = unpacked(64)
+
 VARIANTS: dict[str, tuple[Tensors, torch.Tensor, str, str]] = {
     "int8, a scale per row": (
         {"weight": CODES, "weight_scale": ROW, "comfy_quant": marker(format="int8_tensorwise")},
@@ -158,11 +167,21 @@ VARIANTS: dict[str, tuple[Tensors, torch.Tensor, str, str]] = {
         "int8_tensorwise",
         "marker",
     ),
-    "int8, no marker": (
-        {"weight": CODES, "weight_scale": ROW},
+    "int8, no marker, in the old names": (
+        {"weight": CODES, "scale_weight": ROW},
         CODES * ROW,
         "int8_tensorwise",
         "scale",
+    ),
+    "packed int4, no format": (
+        {
+            "weight": CODES,
+            "weight_scale": ROW[:, 0],
+            "comfy_quant": marker(convrot_groupsize=64, linear_dtype="int8"),
+        },
+        INT4_VALUES,
+        "convrot_w4a4",
+        "marker",
     ),
     "int8 of the seed without markers": (
         {"weight": CODES, "scale_weight": TENSOR, "scale_input": TENSOR},
@@ -321,7 +340,7 @@ def test_dequantize_reads_what_tools_have_written(tmp_path: Path, variant: str) 
     bias = make.weight(ROWS, dtype="BF16", seed="bias")
     source = opened(tmp_path / "q.safetensors", layer({**stored, "bias": bias}))
     (found,) = stored_layers(source).values()
-    assert (found.label, found.evidence, found.shape) == (label, evidence, (ROWS, COLUMNS))
+    assert (found.label, found.evidence, found.shape) == (label, evidence, tuple(expected.shape))
     assert describe(source) == f"1 layer: 1 {label}"
     tensors = written(tmp_path, source)
     assert sorted(tensors) == [f"{LAYER}.bias", f"{LAYER}.weight"]
@@ -859,9 +878,29 @@ BAD: dict[str, tuple[Tensors, str]] = {
     ),
     "bytes without anything": ({"weight": CODES.view(torch.uint8)}, "it has U8 codes, and neither"),
     "int8 without anything": ({"weight": CODES}, "it has I8 codes, and neither a scale"),
-    "block exponents without a marker": (
-        {"weight": E4M3, "weight_scale": torch.ones(384, 8, dtype=torch.uint8)},
+    "block exponents in the order of rows without a marker": (
+        {"weight": E4M3, "weight_scale": torch.ones(384, 12, dtype=torch.uint8)},
         "F8_E4M3 codes beside a scale in U8",
+    ),
+    "int8 without a marker": (
+        {"weight": CODES, "weight_scale": ROW},
+        "nothing tells whether its `int8_tensorwise` codes are rotated \\(say it",
+    ),
+    "int8 with an empty marker": (
+        {"weight": CODES, "weight_scale": TENSOR, "comfy_quant": marker()},
+        "nothing tells whether its `int8_tensorwise` codes are rotated \\(say it",
+    ),
+    "int8 or packed int4": (
+        {"weight": CODES, "weight_scale": ROW[:, 0]},
+        "may be `convrot_w4a4` of K=512 or `int8_tensorwise` of K=256, and nothing tells which",
+    ),
+    "int8 or packed int4, with a marker that does not tell": (
+        {
+            "weight": CODES,
+            "weight_scale": ROW[:, 0],
+            "comfy_quant": marker(full_precision_matrix_mult=True),
+        },
+        "may be `convrot_w4a4` of K=512 or `int8_tensorwise` of K=256, and nothing tells which",
     ),
     "no scale": ({"weight": CODES, "comfy_quant": INT8}, "there is no `weight_scale`"),
     "scale that does not fit": (

@@ -331,6 +331,9 @@ def test_a_filter_is_a_format_or_a_pattern(tmp_path: Path) -> None:
         ('{"convrot": 1}', "cannot be `1`"),
         ('{"convrot_groupsize": true}', "cannot be `true`"),
         ('{"linear_dtype": "int2"}', "cannot be"),
+        ('{"orig_dtype": "rubbish"}', 'cannot be `"rubbish"`'),
+        ('{"convrot": true, "convrot": false}', "name `convrot` twice"),
+        ('{"full_precision_matrix_mult": NaN}', "are not JSON"),
     ],
 )
 def test_settings_are_real_json_of_the_right_types(model: Checkpoint, text: str, told: str) -> None:
@@ -348,6 +351,7 @@ def test_settings_are_real_json_of_the_right_types(model: Checkpoint, text: str,
         ({"format": None}, "plan.no_format"),
         ({"convrot": True, "convrot_groupsize": 16}, "plan.setting_decodes"),
         ({"convrot": None}, "plan.setting_decodes"),
+        ({"num_experts": 7}, "plan.setting"),
     ],
 )
 def test_settings_by_which_numbers_are_read_stay(

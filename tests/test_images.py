@@ -131,7 +131,7 @@ def test_without_its_packages_the_comparison_says_what_to_install(
     monkeypatch.setattr(images, "find_spec", lambda name: None if name == "skimage" else name)
     with pytest.raises(ResourceError, match="there is no `skimage`") as failed:
         compare_images(*pair)
-    assert "cq[images]" in (failed.value.hint or "")
+    assert "pip install pillow" in (failed.value.hint or "")
 
 
 def test_the_contact_sheet_has_a_row_for_each_pair(pair: tuple[Path, Path]) -> None:

@@ -77,7 +77,7 @@ def test_engine_without_ray_says_how_to_get_it(
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(ResourceError) as caught:
         write(checkpoint, tmp_path / "out.st", engine="ray")
-    assert "cq[ray]" in (caught.value.hint or "")
+    assert "pip install ray" in (caught.value.hint or "")
     assert not list(tmp_path.glob("out*"))
 
 

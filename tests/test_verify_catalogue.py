@@ -138,7 +138,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Change, str, bool]] = {
         False,
     ),
     "the weight is missing": ("int8_tensorwise", {}, drop("weight"), "weight.missing", False),
-    "the bias is missing": ("int8_tensorwise", {}, drop("bias"), "bias.missing", False),
+    "the bias is missing": ("int8_tensorwise", {}, drop("bias"), "bias.missing", True),
     "fp8 as bytes": (
         "float8_e4m3fn",
         {},
@@ -471,8 +471,7 @@ def test_a_layer_that_other_blocks_have_is_missed_and_one_of_no_family_is_surplu
         for name in [n for n in specs if n.startswith(f"{layer}.")]:
             specs[name.replace(layer, other)] = specs.pop(name)
 
-    nested = layer.startswith("encoder")  # blocks within blocks are not counted
-    missing = [] if nested else [("layers.missing", layer)]
+    missing = [("layers.missing", layer)]
     assert judged(specs_of(skeleton, "float8_e4m3fn", gone), monkeypatch) == missing
     found = judged(specs_of(skeleton, "float8_e4m3fn", renamed), monkeypatch)
     assert ("layers.surplus", other) in found

@@ -64,7 +64,9 @@ def _option(parameter: Any) -> Option:
     plugs = next((PLUG_OPTIONS[s] for s in spellings if s in PLUG_OPTIONS), None)
     # Words in capitals stand for something else, such as NAME.
     choices = (parameter.metavar or "").split("|")
-    words = tuple(word for word in choices if len(choices) > 1 and not word.isupper())
+    words = tuple(getattr(parameter.type, "choices", ())) or tuple(
+        word.partition("[")[0] for word in choices if len(choices) > 1 and not word.isupper()
+    )
     words += _plug_words(plugs) if plugs else ()
     return Option(
         spellings=spellings,
@@ -118,6 +120,7 @@ def _bash(tree: list[Command]) -> str:
         "    esac",
         "  fi",
         '  COMPREPLY=($(compgen -W "$words" -- "$word"))',
+        "  local IFS=$'\\n'  # names of files may hold spaces",
         '  [ -n "$files" ] && [ "${word#-}" = "$word" ] && COMPREPLY+=($(compgen -f -- "$word"))',
         "}",
         "complete -o filenames -F _cq cq",

@@ -27,7 +27,8 @@ _HELP = """Quantize diffusion-model checkpoints so that ComfyUI loads them nativ
 
 \b
   cq merge flux.safetensors style.safetensors:0.8 | cq quant -o out.safetensors
-  cq verify out.safetensors --against flux.safetensors --min-sqnr 28
+  cq quant flux.safetensors -o flux-int8.safetensors
+  cq verify flux-int8.safetensors --against flux.safetensors --min-sqnr 28
 
 \b
 Exit codes: 0 done, 1 findings, 2 usage, 3 input unreadable or invalid, 4 cannot plan,
@@ -116,7 +117,10 @@ def _usage(error: Any) -> UsageError:
         message = message[:1].lower() + message[1:].rstrip(".").replace("'", "`")
     hint = f"see `{path} --help`"
     if "unexpected extra argument" in message:
-        hint = "put patterns and names with spaces in quotes; " + hint
+        hint = (
+            "one input at a time, an output after `-o`, patterns and names with spaces in quotes; "
+            + hint
+        )
     if near:
         hint = "did you mean " + " or ".join(f"`{n}`" for n in near) + "?"
     return UsageError(message, hint=hint)

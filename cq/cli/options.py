@@ -142,6 +142,7 @@ FILE_OPTIONS = frozenset(
         *("--output", "-o", "--against", "--plugin", "--recipe", "--report"),
         "--add-keys",
         *("--extract", "--from", "--map"),
+        *("--calibration", "--calibration-lora"),
         *("--base", "--junit", "--images", "--contact-sheet", "--workflow", "--prompts"),
     }
 )

@@ -4,10 +4,6 @@ Owns the families (data, one TOML file each in `cq/core/models`, described at `l
 detection; `cq.core.components` takes a checkpoint that holds several models apart. Knows no format
 and no rule of a command: it says what a layer is for, not what comes of it. Never imports torch.
 
-A signature is a conjunction over a few names and sizes, so that detection costs the same for any
-number of tensors. Sizes stand on tensors that are hardly ever packed (norms, convolutions, layers
-whose shape ComfyUI reads) and are compared as packed, too: files may be quantized already.
-
 Source: the signatures and groups were measured on the tensor lists of 57 released models
 (`tests/skeletons`); which shapes are read, on ComfyUI `comfy/model_detection.py`
 (`detect_unet_config`).
@@ -24,9 +20,11 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cq.core import catalog, folds, select
-from cq.core.dtypes import DTYPES, TensorSpec
+from cq.core.dtypes import TensorSpec
 from cq.core.errors import PlanError
+from cq.core.roster import Roster
 from cq.core.rotation import is_group
+from cq.core.signatures import Signature, Size
 
 if TYPE_CHECKING:
     from cq.core.dialects import Dialect
@@ -46,36 +44,11 @@ _Test = Callable[[str], bool]
 _GENERIC = "generic"  # rules for models of no known family, which `cq.core.recipe` reads
 
 
-class Size(NamedTuple):
-    """A tensor's size along one axis."""
-
-    tensor: str
-    axis: int
-    size: int
-
-
 class Role(NamedTuple):
     """What a layer is in its family: `keep`, `modulation` or `optional`, and why."""
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signature:
-    """Tensors that must be there, must not be there, and sizes; all without the model's prefix."""
-
-    has: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    sizes: tuple[Size, ...] = ()
-
-    def holds(self, specs: Mapping[str, TensorSpec], prefix: str) -> bool:
-        """Whether `specs` hold such a model under `prefix`."""
-        return (
-            all(prefix + name in specs for name in self.has)
-            and not any(prefix + name in specs for name in self.lacks)
-            and all(_has_size(specs.get(prefix + s.tensor), s.axis, s.size) for s in self.sizes)
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +76,10 @@ class Family:
     layers whose shape ComfyUI reads to tell the model, so that no packed format may store them.
     `others` says that the family holds more models than the known variants. `rotation` is the
     ConvRot group of quantized files that the model's makers or ComfyUI's released, None if none is
-    known. `notes` are for the user. `layers_text` lists what `layers` holds, `other_names` what
-    `dialect` reads. `folds` are where factors can move between layers, see `cq.core.folds`.
+    known. `notes` are for the user. `tensors` lists what `roster` holds, `other_names` what
+    `dialect` reads. `parts` are patterns of what files may leave out as a whole, such as a vision
+    tower.
+    `folds` are where factors can move between layers, see `cq.core.folds`.
     """
 
     name: str
@@ -121,7 +96,8 @@ class Family:
     unloadable: str | None
     notes: tuple[str, ...]
     aliases: Mapping[str, tuple[str, ...]]
-    layers_text: str
+    tensors: str
+    parts: tuple[str, ...]
     other_names: str
     folds: tuple[folds.Fold, ...] = ()
 
@@ -129,7 +105,21 @@ class Family:
     def layers(self) -> frozenset[str]:
         """The names of all linear and convolution layers, `cq.core.text.folded`; what adapters for
         the family change. Empty for a family of which they are not known."""
-        return frozenset(self.layers_text.split())
+        return self.roster.layers
+
+    @cached_property
+    def roster(self) -> Roster:
+        """The tensors of the family's releases; empty for a family of which they are not known."""
+        return Roster(self.tensors)
+
+    @cached_property
+    def part_tests(self) -> tuple[Callable[[str], bool], ...]:
+        """For each of `parts`, whether a layer or tensor of that name is in it."""
+        return tuple(select.matcher(pattern) for pattern in self.parts)
+
+    def may_be(self, variant: Variant, specs: Mapping[str, TensorSpec], prefix: str) -> bool:
+        """Whether nothing in `specs` but what is absent speaks against a variant."""
+        return variant.signature.absent(specs, prefix) is not None
 
     @cached_property
     def dialect(self) -> Dialect:
@@ -251,9 +241,9 @@ def load(name: str) -> Family:
     `lacks`, `sizes = [[tensor, axis, size]]`), `[[variants]]` (`name` and the same, the first that
     holds counts), perhaps `others = true`, `[[keep]]`, `[[modulation]]`, `[[optional]]` (each with
     `reason` and `patterns`, see `cq.core.select`, over layer names without prefix), `detection`
-    (patterns), `rotation`, `notes`, `layers` (one text, for the sake of speed), `other_names`
-    (see `cq.core.dialects`), `[[folds]]` (see `cq.core.folds`) and `[aliases.NAME]` (`keep_also`,
-    names of roles).
+    (patterns), `rotation`, `notes`, `tensors` (see `cq.core.roster`; one text, for the sake of
+    speed), `parts` (patterns), `other_names` (see `cq.core.dialects`), `[[folds]]` (see
+    `cq.core.folds`) and `[aliases.NAME]` (`keep_also`, names of roles).
 
     Raises: PlanError with near names if there is none, or if its file is not such a family.
 
@@ -292,19 +282,6 @@ def detect(specs: Mapping[str, TensorSpec], *, prefixes: Sequence[str] = PREFIXE
                 if variant is not None or family.others:
                     matches.append(Match(family, variant.name if variant else None, prefix))
     return Detection(tuple(matches))
-
-
-def _has_size(spec: TensorSpec | None, axis: int, size: int) -> bool:
-    if spec is None or axis >= len(spec.shape):
-        return False
-    found = spec.shape[axis]
-    if found == size or DTYPES[spec.dtype].bits > 8 or len(spec.shape) != 2:
-        return found == size
-    padded = {size, -(-size // 16) * 16, -(-size // 32) * 32}
-    if axis == 0:
-        return found in padded
-    # Two 4-bit codes a byte, or four 6-bit codes in three.
-    return found in {columns * part // 4 for columns in padded for part in (2, 3, 4)}
 
 
 def _any_of(patterns: Sequence[str]) -> _Test:
@@ -420,7 +397,8 @@ def _family(name: str) -> Family:
         unloadable=table.take("unloadable", str, default="") or None,
         notes=table.texts("notes"),
         aliases=_aliases(name, table.take("aliases", dict, default={})),
-        layers_text=table.take("layers", str, default=""),
+        tensors=table.take("tensors", str, default=""),
+        parts=table.texts("parts"),
         other_names=table.take("other_names", str, default=""),
         folds=_folds(name, table.take("folds", list, default=[])),
     )

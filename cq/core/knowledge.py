@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cq.core import families
-from cq.core.components import Component, components
+from cq.core.components import Component, component_of, components
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import PlanError
 from cq.core.families import Detection, Match, Role
 
 AUTO, NONE = "auto", "none"
+_VAE = "ComfyUI builds VAEs without quantized layers: it would read the codes as plain numbers"
+# The one VAE that ComfyUI loads quantized, MiniMax-H3's, decodes with a transformer.
+_LOADABLE_VAE = "decoder.x_embedder.weight"
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: the order of prefixes is found once
@@ -24,11 +27,12 @@ class Knowledge:
     """The models that are known in a checkpoint, each under its prefix.
 
     `matches` are those of which exactly one family is known; `doubtful` are detections with
-    several answers.
+    several answers. `vaes` are the prefixes of VAEs that ComfyUI does not load quantized.
     """
 
     matches: tuple[Match, ...] = ()
     doubtful: tuple[Detection, ...] = ()
+    vaes: frozenset[str] = frozenset()
 
     @cached_property
     def _innermost_first(self) -> tuple[Match, ...]:
@@ -56,6 +60,8 @@ class Knowledge:
     def unloadable(self, layer: str) -> str | None:
         """Why ComfyUI would not load the layer quantized, in any format; None if it would."""
         found = self.of(layer)
+        if found is None and self.vaes and component_of(layer).prefix in self.vaes:
+            return _VAE
         return None if found is None else found[0].family.unloadable
 
     def rotation(self, layer: str) -> int | None:
@@ -104,6 +110,9 @@ def know(
     return Knowledge(
         matches=tuple(c.detection.match for c in found if c.detection.match is not None),
         doubtful=tuple(c.detection for c in found if c.detection.answer == "ambiguous"),
+        vaes=frozenset(
+            c.prefix for c in found if c.kind == "VAE" and c.prefix + _LOADABLE_VAE not in specs
+        ),
     )
 
 

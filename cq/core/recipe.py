@@ -250,7 +250,12 @@ def choose(
                     refusal = refuse(layer, weight, how)
                 except CqError as error:  # settings that do not go together
                     if named:
-                        error.message += f" (asked for by {reason})"
+                        error.message += f" (asked for of layer `{layer}` by {reason})"
+                    if decider.is_ruled(layer):
+                        error.hint = (
+                            "leave `scaling`, `optimizer` and `rotate` out of the recipe's rule to"
+                            f" take the format's own; {error.hint}"
+                        )
                     raise
                 obstacle = None if refusal is None else f"the format refuses it: {refusal}"
             how, reason = (None, obstacle) if obstacle is not None else (how, reason)
@@ -286,6 +291,10 @@ class _Decider:
         self._ruled = select.select(patterns, layers, what="layer") if rules else {}
         for found, which in ((self._only or {}, self._formats), (self._ruled, patterns)):
             _see_no_idle(found, which)
+
+    def is_ruled(self, layer: str) -> bool:
+        """Whether a rule says how the layer is stored."""
+        return layer in self._ruled
 
     def decide(self, layer: str) -> tuple[How | None, str, bool]:
         """How a layer is stored, why, and whether it was named."""

@@ -17,16 +17,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from cq.core import catalog, comfy
+from cq.core import catalog, comfy, recognition
 from cq.core.checkpoint import Checkpoint
 from cq.core.dtypes import TensorSpec
 from cq.core.errors import InputError, PlanError
-from cq.core.formats import Format
+from cq.core.fellows import Fellows
+from cq.core.formats import Format, block_of
 from cq.core.recipe import without_prefix
 from cq.core.text import printable
 
 SCALED_FP8 = "scaled_fp8"
 SMOOTHING = "pre_quant_scale"
+UNCLEAR = "input.unclear"  # the code of errors that a person who knows the layer can settle
 _MARKER = comfy.MARKER.removeprefix(".")
 _CANONICAL = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 _OTHER_SCALES = frozenset({*_CANONICAL, "input_scale", SMOOTHING})
@@ -39,6 +41,7 @@ _INT8 = ("int8_tensorwise", "int8_blockwise")
 # mxfp8 with one more scale for graphics cards without MXFP8; the block scales say everything.
 _SUPERSETS = {"hybrid_mxfp8": "mxfp8"}
 _LARGEST_PADDING = 32
+_SAMPLE = TensorSpec("F32", (1024, 1024))  # a shape that every format takes
 _HINT = "start from the unquantized checkpoint, or add a plug; `cq plugins` lists the formats"
 
 
@@ -132,13 +135,15 @@ def _label(found: Clue) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clue:
     """What a checkpoint says of one layer: its marker (None without one), its tensors by local name
-    as the file has them, their full names, and what showed that it is quantized."""
+    as the file has them, their full names, what showed that it is quantized, and the layers beside
+    it, which are asked where the marker does not tell enough."""
 
     layer: str
     settings: Mapping[str, Any] | None
     tensors: Mapping[str, TensorSpec]
     names: Mapping[str, str]
     evidence: str
+    fellows: Fellows | None = field(default=None, compare=False, repr=False)
 
 
 def by_layer(checkpoint: Checkpoint) -> dict[str, dict[str, str]]:
@@ -160,19 +165,27 @@ def clues(checkpoint: Checkpoint) -> Iterator[Clue]:
     evident = {
         quantized.layer: quantized.evidence for quantized in comfy.find_quantized(checkpoint)
     }
+    fellows = Fellows(checkpoint, layers, header)
     legacy = any(SCALED_FP8 in own for own in layers.values())
     for layer, own in layers.items():
         settings, evidence = header.get(layer), evident.get(layer)
         if settings is not None:
             evidence = "header"
         elif _MARKER in own:
-            settings = comfy.parse_marker(checkpoint.read_bytes(own[_MARKER]), layer=layer)
+            settings = fellows.settings(layer)
             evidence = "marker"
         elif legacy and "scale_weight" in own:
             evidence = SCALED_FP8
         named = {local: specs[name] for local, name in own.items()}
         if evidence is not None:
-            yield Clue(layer=layer, settings=settings, tensors=named, names=own, evidence=evidence)
+            yield Clue(
+                layer=layer,
+                settings=settings,
+                tensors=named,
+                names=own,
+                evidence=evidence,
+                fellows=fellows,
+            )
         for local, name in own.items():
             part_of_layer = evidence is not None and is_owned(local)
             if not part_of_layer and local != SCALED_FP8 and named[local].dtype in _PLAIN_FLOAT8:
@@ -223,13 +236,13 @@ class _Reader:
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
-    def bad(self, what: str, hint: str = _HINT) -> InputError:
+    def bad(self, what: str, hint: str = _HINT, code: str = "input.stored") -> InputError:
         layer = printable(self.clue.layer)
         return InputError(
             f"layer `{layer}` of `{self.shown}` cannot be read: {what}",
             where=layer,
             hint=hint,
-            code="input.stored",
+            code=code,
         )
 
 
@@ -282,7 +295,7 @@ def _format(reader: _Reader) -> tuple[Format, dict[str, Any]]:
     settings = dict(reader.clue.settings or {})
     label = settings.get("format")
     if label is None:
-        name = _by_dtype(reader, weight, scale)
+        name = _recognized(reader, weight)
         if name is None:
             return catalog.load("formats", "fp32"), {}
     else:
@@ -294,7 +307,7 @@ def _format(reader: _Reader) -> tuple[Format, dict[str, Any]]:
         # The old form carries no dtype, and is labelled e4m3 whatever it is
         name = _FLOAT8[weight.dtype]
     if scale is not None and (name in _INT8 or name in _FLOAT8.values()):
-        block = _block(_matrix(weight, weight), _matrix(scale, weight))
+        block = block_of(_matrix(weight, weight), _matrix(scale, weight))
         settings["group_size"] = block
         if block is None:
             label = None  # of blocks that the tool did not make after all
@@ -304,6 +317,7 @@ def _format(reader: _Reader) -> tuple[Format, dict[str, Any]]:
     if plug.rotation == "never" and settings.get("convrot"):
         raise reader.bad(f"its marker speaks of a rotation, which `{name}` does not have")
     _see_dtype(reader, plug, weight)
+    _see_rotation(reader, plug)
     settings["format"] = label if label in plug.aliases else name
     return plug, {key: value for key, value in settings.items() if value is not None}
 
@@ -329,30 +343,58 @@ def _aliases(name: str) -> tuple[str, ...]:
     return ()
 
 
-def _by_dtype(reader: _Reader, weight: TensorSpec, scale: TensorSpec | None) -> str | None:
-    """The format of a layer whose marker names none; None for numbers meant as they are."""
-    if scale is None and weight.dtype in _PLAIN_FLOAT8 and reader.clue.settings is None:
-        return None
-    if scale is None:
+def _recognized(reader: _Reader, weight: TensorSpec) -> str | None:
+    """The format of a layer whose marker names none; None for numbers meant as they are.
+
+    Raises: InputError if no format has such tensors, or several have and no other layer tells.
+    """
+    clue = reader.clue
+    if not any(map(is_scale, reader.tensors)):
+        if weight.dtype in _PLAIN_FLOAT8 and clue.settings is None:
+            return None
         raise reader.bad(
             f"it has {weight.dtype} codes, and neither a scale nor a marker's `format`"
         )
-    if scale.dtype in {"F32", "F16", "BF16", "F64"}:
-        if weight.dtype == "I8":
-            return _INT8[0]
-        if weight.dtype in _FLOAT8:
-            return _FLOAT8[weight.dtype]
-    raise reader.bad(
-        f"it has {weight.dtype} codes beside a scale in {scale.dtype}, and no marker says what they"
-        " mean"
-    )
+    specs = matrix_specs(reader.tensors)
+    try:
+        return recognition.format_of(clue.layer, specs, clue.settings or {}, clue.fellows)
+    except recognition.Unclear as unclear:
+        raise reader.bad(unclear.what, unclear.hint, UNCLEAR) from None
+
+
+def _see_rotation(reader: _Reader, plug: Format) -> None:
+    """Raise if weights may be stored rotated and no marker says by which rotation. Layers with
+    names that only older tools wrote are not: those rotated none."""
+    clue = reader.clue
+    old = plug.rotation == "optional" and _CANONICAL.keys() & clue.tensors.keys()
+    told = clue.settings or {}
+    if "format" in told or old or len(reader.tensors["weight"].shape) != 2:
+        return
+    try:
+        recognition.see_rotation(clue.layer, plug, reader.tensors, told, clue.fellows)
+    except recognition.Unclear as unclear:
+        raise reader.bad(unclear.what, unclear.hint, UNCLEAR) from None
+
+
+def reads(plug: Format, local: str) -> bool:
+    """Whether readers of the format look at a tensor of that local name beside its codes.
+
+    >>> from cq.core import catalog
+    >>> int8, nvfp4 = (catalog.load("formats", n) for n in ("int8_tensorwise", "nvfp4"))
+    >>> reads(int8, "weight_scale"), reads(int8, "pre_quant_scale"), reads(nvfp4, "pre_quant_scale")
+    (True, False, True)
+    """
+    own = _CANONICAL.get(local, local)
+    if own == SMOOTHING:
+        return plug.smooths
+    known = {name for scaling in plug.scalings for name in plug.tensors(_SAMPLE, scaling)}
+    return plug.casts or own in known | {_MARKER}
 
 
 def _see_dtype(reader: _Reader, plug: Format, weight: TensorSpec) -> None:
     """Raise if the plug's codes have another dtype. Bytes that are no integers may be called so."""
-    sample = TensorSpec("F32", (1024, 1024))  # a shape that every format takes
-    usual = plug.tensors(sample, plug.scalings[0])["weight"]
-    is_integer = usual == TensorSpec("I8", sample.shape)
+    usual = plug.tensors(_SAMPLE, plug.scalings[0])["weight"]
+    is_integer = usual == TensorSpec("I8", _SAMPLE.shape)
     accepted = {"I8"} if is_integer else {usual.dtype, "I8", "U8"}
     if plug.casts or weight.dtype not in accepted:
         raise reader.bad(f"its format is `{plug.name}`, but its codes are {weight.dtype}")
@@ -362,20 +404,6 @@ def _matrix(spec: TensorSpec, weight: TensorSpec) -> tuple[int, ...]:
     """The shape of one matrix's share of a layer's tensor: stacked experts lead with E."""
     stacked = len(weight.shape) == 3 and spec.shape[:1] == weight.shape[:1]
     return spec.shape[1:] if stacked else spec.shape
-
-
-def _block(weight: tuple[int, ...], scale: tuple[int, ...]) -> int | None:
-    """The block that a scale's shape speaks of, None for a scale of whole rows or of a tensor."""
-    if len(weight) != 2 or 0 in weight or 0 in scale:
-        return None
-    rows, columns = weight
-    if len(scale) == 2 and scale not in {(rows, 1), (1, 1)}:
-        if rows % scale[0] == 0 and columns % scale[1] == 0:
-            block = columns // scale[1]
-            return block if rows // scale[0] == block else None
-    elif len(scale) == 3 and scale[::2] == (rows, 1) and columns % scale[1] == 0:
-        return columns // scale[1]
-    return None
 
 
 def matrix_specs(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

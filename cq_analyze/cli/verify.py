@@ -77,10 +77,10 @@ def register(app: typer.Typer) -> None:
         there is a finding or a limit is not kept.
 
         \b
-          cq verify out.safetensors --against flux.safetensors --min-sqnr 28
+          cq verify flux-int8.safetensors --against flux.safetensors --min-sqnr 28
           cq quant flux.safetensors --defer | cq verify --against flux.safetensors
           cq verify out.safetensors --against merged.safetensors --base flux.safetensors
-          cq verify out.safetensors --against flux.safetensors --calibration flux.calib.safetensors
+          cq verify flux-int8.safetensors --against flux.safetensors --calibration calib.safetensors
           cq verify --images before/ after/ --min-psnr 30 --contact-sheet sheet.png
         """
         here = options.terminal()

@@ -4,7 +4,7 @@ Owns what is a task, what it asks of a machine, and what becomes of it when a wo
 output is laid out, journalled and committed by whoever asked for it; the workers write at offsets
 of the same file, so the file system must be shared. A task that is done twice writes the same bytes
 twice. Layers that a GPU is to compute are tasks that ask Ray for one; all others ask for none. Ray
-comes with `pip install 'cq[ray]'` and is imported when it is asked for.
+comes with `pip install ray` and is imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def cluster(workers: int | None) -> Iterator[Any]:
     except ImportError as error:
         raise ResourceError(
             "`--engine ray` needs the package `ray`, which is not installed",
-            hint="install it: `pip install 'cq[ray]'`",
+            hint="install it: `pip install ray`",
             code="resource.ray",
         ) from error
     if ray.is_initialized():  # by whoever calls us

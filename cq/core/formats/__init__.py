@@ -90,6 +90,11 @@ class Format(ABC):
         """What ComfyUI would trip over in a layer stored so, judged from specs and marker."""
         ...
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """Whether one matrix's tensors may be stored so, where the marker names no format; what
+        else it says is in `marker`. No by default: then only a marker tells of the format."""
+        return False
+
     @abstractmethod
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """The shape `(N, K)` of the weight that is stored so; with its padding if nothing tells how
@@ -179,6 +184,25 @@ def plain_shape(
             code="input.scale",
         )
     return shape
+
+
+def block_of(weight: tuple[int, ...], scale: tuple[int, ...]) -> int | None:
+    """The block that a scale's shape speaks of: a square one, or one along a row; None for a scale
+    of whole rows or of a tensor.
+
+    >>> block_of((256, 512), (2, 4)), block_of((256, 512), (256, 4, 1)), block_of((2, 4), (2, 1))
+    (128, 128, None)
+    """
+    if len(weight) != 2 or 0 in weight or 0 in scale:
+        return None
+    rows, columns = weight
+    if len(scale) == 2 and scale not in {(rows, 1), (1, 1)}:
+        if rows % scale[0] == 0 and columns % scale[1] == 0:
+            block = columns // scale[1]
+            return block if rows // scale[0] == block else None
+    elif len(scale) == 3 and scale[::2] == (rows, 1) and columns % scale[1] == 0:
+        return columns // scale[1]
+    return None
 
 
 def decode(

@@ -115,6 +115,13 @@ class AsymW4A8Int8(Format):
             faults.append(Fault("codebook.shape", sentence))
         return faults + group_faults(marker, columns)
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """The scales of groups and of rows that no other format has."""
+        packed = stored["weight"].dtype in {"I8", "U8"} and "weight_s_channel" in stored
+        if not packed or "weight_s_rel" not in stored:
+            return False
+        return _columns_and_bits(stored, _group_size(marker)) != (0, 0)
+
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """As wide as the group scales say. Raises: InputError if rows of codes are not 4 or 6 bits
         for each column, or another tensor does not fit."""

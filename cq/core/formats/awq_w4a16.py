@@ -306,6 +306,14 @@ class AwqW4A16(Format):
                 faults.append(Fault("scale.shape", sentence))
         return faults
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """The `weight_zeros` that no other format has, of the shape that groups give them."""
+        weight, zeros = stored["weight"], stored.get("weight_zeros")
+        if weight.dtype not in {"I8", "U8"} or len(weight.shape) != 2 or zeros is None:
+            return False
+        (rows, columns), group = packed_shape(weight), _group_size(marker)
+        return group > 0 and columns % group == 0 and zeros.shape == (columns // group, rows)
+
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """Two columns to a byte. Raises: InputError if scales or zeros do not fit."""
         rows, columns = packed_shape(stored["weight"])

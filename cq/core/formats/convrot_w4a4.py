@@ -225,6 +225,17 @@ class ConvrotW4A4(Format):
             )
         return faults + group_faults(marker, 2 * weight.shape[-1] if weight.shape else 0)
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """Bytes of whole groups of columns and one dimension of scales, or a `linear_dtype`, which
+        only its marker has. A `convrot` or `per_row` speaks of int8."""
+        weight, scale = stored["weight"], stored.get("weight_scale")
+        if packed_faults(weight, _MULTIPLE) or scale is None or not scale.is_float:
+            return False
+        if "convrot" in marker or "per_row" in marker:
+            return False
+        rows = weight.shape[:1]
+        return scale.shape == rows or (scale.shape == (*rows, 1) and "linear_dtype" in marker)
+
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """Two columns to a byte. Raises: InputError if the scale or the rotation does not fit."""
         rows, columns = packed_shape(stored["weight"])

@@ -234,6 +234,11 @@ class Float8(Format):
             )
         return faults
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """Codes of the native dtype beside a scale that is a float of 16 bits or more."""
+        scale = stored.get("weight_scale")
+        return stored["weight"].dtype == self.dtype and scale is not None and scale.is_float
+
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """The stored weight's own. Raises: InputError if the scale does not fit it."""
         columns = stored["weight"].shape[-1] if stored["weight"].shape else 0

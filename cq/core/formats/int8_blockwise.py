@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cq.core.dtypes import TensorSpec
-from cq.core.formats import Fault, Format, plain_shape
+from cq.core.formats import Fault, Format, block_of, plain_shape
 from cq.core.formats.float8_e4m3fn import refusal
 from cq.core.formats.int8_tensorwise import snap_integers
 from cq.core.grid import Scales, Steps
@@ -150,6 +150,13 @@ class Int8Blockwise(Format):
             sentence = f"has a scale of shape {list(scale.shape)}; its loader needs {list(needed)}"
             faults.append(Fault("scale.shape", sentence))
         return faults
+
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """I8 codes and scales of blocks."""
+        weight, scale = stored["weight"], stored.get("weight_scale")
+        if weight.dtype != "I8" or scale is None or not scale.is_float:
+            return False
+        return block_of(weight.shape, scale.shape) is not None
 
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """The stored weight's own. Raises: InputError if the scale does not fit it."""

@@ -171,6 +171,14 @@ class Int8Tensorwise(Format):
             )
         return faults
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """I8 codes and a scale of rows or of the tensor. A `linear_dtype` speaks of others."""
+        weight, scale = stored["weight"], stored.get("weight_scale")
+        if weight.dtype != "I8" or scale is None or not scale.is_float or "linear_dtype" in marker:
+            return False
+        rows = weight.shape[0] if weight.shape else 0
+        return scale.shape in {(), (1,), (1, 1), (rows,), (rows, 1)}
+
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """The stored weight's own. Raises: InputError if the scale or the rotation does not fit."""
         shape = plain_shape(stored)

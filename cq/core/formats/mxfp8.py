@@ -302,6 +302,10 @@ class Mxfp8(BlockScaled):
             faults.append(Fault("weight.dtype", f"stores its weight as {weight}, not as F8_E4M3"))
         return faults + self.check_blocks(stored)
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """F8_E4M3 codes beside a swizzled grid of exponents."""
+        return stored["weight"].dtype == "F8_E4M3" and not self.check_blocks(stored)
+
     def unpack(
         self,
         rows: torch.Tensor,

@@ -345,6 +345,11 @@ class Nvfp4(BlockScaled):
             )
         return faults
 
+    def recognizes(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> bool:
+        """The `weight_scale_2` that no other format has, beside a swizzled grid of scales."""
+        packed = stored["weight"].dtype in {"U8", "I8"} and "weight_scale_2" in stored
+        return packed and not self.check_blocks(stored)
+
     def shape(self, stored: Mapping[str, TensorSpec], marker: Mapping[str, Any]) -> tuple[int, ...]:
         """See `BlockScaled.shape`. Raises: InputError also if the weight's scale is missing or is
         not one number."""
