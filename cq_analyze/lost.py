@@ -15,6 +15,7 @@ from cq.core.checkpoint import Checkpoint
 from cq.core.comfy import WEIGHT
 from cq.core.components import component_of
 from cq.core.recipe import without_prefix
+from cq.core.text import printable
 from cq_analyze.faults import Outcome
 from cq_analyze.reference import Reference
 from cq_analyze.report import UNLIKE, Finding, finding
@@ -31,6 +32,25 @@ def absent(checkpoint: Checkpoint, layers: Iterable[str], reference: Reference) 
     here = [*checkpoint.specs, *(layer + WEIGHT for layer in layers)]
     taken = {reference.find(name) for name in here}
     return [name for name in reference.checkpoint.specs if name not in taken]
+
+
+def unmerged(reference: Checkpoint, history: Mapping[str, Any] | None) -> list[str]:
+    """A note, if the checkpoint's history says that adapters were merged into what is given as the
+    reference, so that they count as errors."""
+    if history is None or any(stage.name == "merge" for stage in reference.stages):
+        return []
+    merges = [s for s in history["stages"] if isinstance(s, dict) and s.get("op") == "merge"]
+    origins = [s.get("header") for s in history["sources"] if isinstance(s, dict)]
+    if not merges or not any(s.fingerprint().get("header") in origins for s in reference.sources):
+        return []
+    given = [a for merge in merges for a in merge.get("adapters", ()) if isinstance(a, dict)]
+    named = " ".join(f"{a.get('name', '?')}:{a.get('strength', 1)}" for a in given)
+    shown = reference.sources[0].shown
+    return [
+        f"the file was made of `{shown}` with {printable(named)} merged into it, which counts as an"
+        f" error here; to leave that out, compare with the merged checkpoint:"
+        f" `--against <(cq merge {shown} {printable(named)})`"
+    ]
 
 
 def tensors(

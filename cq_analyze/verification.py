@@ -176,6 +176,7 @@ def _reference(
         judging = outputs.Outputs(recorded, named, str(report.checkpoint))
     found = rounded(against, report.history or {"stages": []}, recorded, has_base=has_base)
     notes = [] if found.note is None else [found.note]
+    notes += [] if has_base else lost.unmerged(against, report.history)
     return Reference(found.checkpoint, judging, found.inputs), notes
 
 

@@ -290,8 +290,8 @@ def _remarks(note: Any) -> Iterator[str]:
     asked, counts = note["strength"], note["effective_strength"]
     if counts != asked:
         text += (
-            f", at {counts:g} instead of {asked:g}: by `--scale`, and since of several adapters each"
-            " counts 0.9 of the one before it unless `--no-dampen`"
+            f", at {counts:g} instead of {asked:g}: by `--scale`, and since of several adapters"
+            " each counts 0.9 of the one before it unless `--no-dampen`"
         )
     if note["unmatched"]:
         text += (

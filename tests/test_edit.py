@@ -749,7 +749,9 @@ def test_shards_go_on_where_they_were_cut_off(
         patched.setattr(sink.FileSink, "copy", cut)
         write_shards(model, index, max_bytes=2_000, workers=1)
     assert not index.exists()
-    times = [shards[i].path.stat().st_mtime_ns for i in range(2)]
+    assert not any(shard.path.exists() for shard in shards)
+    made = index.with_name(f"{index.name}.partial")
+    times = [(made / shards[i].path.name).stat().st_mtime_ns for i in range(2)]
     with pytest.raises(PlanError, match="unfinished work of another command"):
         write_shards(model, index, max_bytes=3_000)
     wrote = write_shards(model, index, max_bytes=2_000)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import cq
+import cq_merge
 import cq_quant
 from cq.core.errors import InputError
 from cq_analyze.agreement import version
@@ -139,3 +140,18 @@ def test_transparency_is_a_difference(tmp_path: Path) -> None:
     done = compare_images(tmp_path / "a", tmp_path / "b")
     assert done.pictures[0].psnr < 20
     assert any("folders inside" in note for note in done.notes)
+
+
+def test_a_reference_without_the_merge_is_told_of(tmp_path: Path) -> None:
+    base = make.save(tmp_path / "base.safetensors", {f"{LAYER}.weight": make.weight(64, 256)})
+    low, high = make.weight(2, 256, seed="low"), make.weight(64, 2, seed="high")
+    lora = make.save(
+        tmp_path / "style.safetensors",
+        {f"{LAYER}.lora_A.weight": low, f"{LAYER}.lora_B.weight": high},
+    )
+    merged = cq_merge.merge(cq.open(base), [f"{lora}:0.5"])
+    out = tmp_path / "out.safetensors"
+    cq.write(cq_quant.quantize(merged, only=["*"], optimizer="rtn"), out)
+    (note,) = [n for n in verify(cq.open(out), against=cq.open(base)).notes if "merge" in n]
+    assert "style.safetensors:0.5" in note
+    assert not [n for n in verify(cq.open(out), against=merged).notes if "merge" in n]

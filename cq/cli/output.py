@@ -44,6 +44,9 @@ class UnwritableStdout(CqError):
     default_code = "resource.stdout"
 
 
+_LEAST_TEXT = 16  # characters of a last column whose text is wrapped
+
+
 @dataclass(slots=True)
 class Terminal:
     """Where a command reads and writes. Tests pass one of their own."""
@@ -162,13 +165,23 @@ class Terminal:
         from rich.table import Table
         from rich.text import Text
 
+        console, held = self._console(self.stdout), [list(row) for row in rows]
+        kept, fits = _fitting([names, *held], right, console.width)
         drawn = Table(box=None, pad_edge=False, show_edge=False, header_style="bold")
-        for name, on_the_right in zip(names, right, strict=True):
-            drawn.add_column(name, justify="right" if on_the_right else "left", overflow="fold")
-        for row in rows:
-            drawn.add_row(*(Text(cell) for cell in row))
-        self._console(self.stdout).print(drawn)
+        for at in kept:
+            drawn.add_column(
+                names[at].replace(" ", "\n") if right[at] else names[at],
+                justify="right" if right[at] else "left",
+                no_wrap=right[at] or (fits and at < len(names) - 1),
+                overflow="fold",
+            )
+        for row in held:
+            drawn.add_row(*(Text(row[at]) for at in kept))
+        console.print(drawn)
         self.stdout.flush()
+        if len(kept) < len(names):
+            left = ", ".join(name for at, name in enumerate(names) if at not in kept)
+            self.say(f"the terminal is too narrow for: {left}")
 
     def _console(self, stream: IO[Any]) -> Console:
         from rich.console import Console
@@ -183,6 +196,28 @@ class Terminal:
         if self.stderr.isatty() and os.environ.get("TERM") != "dumb":
             return ProgressReport(_Bar(self._console(self.stderr), what), None)
         return ProgressReport(None, _Lines(self.say, what))
+
+
+def _fitting(
+    rows: Sequence[Sequence[str]], right: Sequence[bool], width: int
+) -> tuple[list[int], bool]:
+    """The columns that a terminal of `width` has room for: of those aligned right the last are left
+    out until the others fit; and whether they do. What stands in the last column may be wrapped."""
+    names, *cells = rows
+    needs = []
+    for at, (name, on_the_right) in enumerate(zip(names, right, strict=True)):
+        words = max(map(len, name.split(" "))) if on_the_right else len(name)
+        need = max([words, *(len(row[at]) for row in cells)])
+        needs.append(need if on_the_right or at < len(names) - 1 else min(need, _LEAST_TEXT))
+    kept = list(range(len(names)))
+    numbers = [at for at in kept if right[at]]
+
+    def fits() -> bool:
+        return sum(needs[at] + 2 for at in kept) - 2 <= width
+
+    while len(numbers) > 1 and not fits():
+        kept.remove(numbers.pop())
+    return kept, fits()
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[bool]) -> Iterator[str]:
