@@ -231,16 +231,13 @@ def strike(
 
 def _check_shards(*states: Mapping[str, bytes]) -> None:
     """An index that is there speaks of the files that were there before, or that were made."""
-    found, *sets = (
-        {
-            name: value
-            for name, value in state.items()
-            if name.endswith(".index.json") or re.search(r"-of-\d+\.safetensors$", name)
-        }
-        for state in states
-    )
-    found = {name: value for name, value in found.items() if ".partial/" not in name}
-    if any(name.endswith(".index.json") for name in found):
+    for index in (name for name in states[0] if name.endswith(".safetensors.index.json")):
+        stem = index.removesuffix(".safetensors.index.json")
+        own = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.safetensors|{re.escape(index)}")
+        found, *sets = (
+            {name: value for name, value in state.items() if own.fullmatch(name)}
+            for state in states
+        )
         assert found in sets, f"an index of mixed files: {sorted(found)}"
 
 

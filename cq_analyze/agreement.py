@@ -49,6 +49,12 @@ class Agreement:
         self._compares = kitchen.has_twin(stored.format.name)
         self._rows = matrix_specs({"weight": stored.weight})["weight"].shape[0]
 
+    def wants(self, start: int, rows: int) -> bool:
+        """Whether the segment is the first or the last, and there is anything to compare with."""
+        if not self._compares or self._failed is not None:
+            return False
+        return start == 0 or start >= self._rows - rows
+
     def see(
         self,
         packed: torch.Tensor,
@@ -59,9 +65,7 @@ class Agreement:
         """Compare the rows from `start` on: `packed` as stored, `value` as we decode them."""
         import torch
 
-        if not self._compares or self._failed is not None or not value.numel():
-            return
-        if 0 < start < self._rows - packed.shape[0]:
+        if not value.numel():
             return
         try:
             other = self._decoded(packed, start, beside, value)

@@ -133,7 +133,7 @@ class _Layer:
         layer = self.stored.layer
         found, shape, mismatch = self._counterpart()
         agreement = Agreement(self.stored)
-        decoder = Decoder(self.checkpoint, self.stored, shape, agreement.see)
+        decoder = Decoder(self.checkpoint, self.stored, shape, agreement)
         segments, beside = decoder.read()
         faults = list(self._scale_faults(beside))
         if faults:

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -193,10 +194,11 @@ def test_comfy_kitchen_sees_the_same_values_and_is_heard_when_it_does_not(
     monkeypatch.setattr(agreement.Agreement, "see", counted)
     report = verify(held(tensors))
     assert report.findings == () and report.kitchen == agreement.version() is not None
-    assert sum(seen_rows) >= 384
     if not kitchen.has_twin(format_name):
         assert format_name == "int8_blockwise"
+        assert seen_rows == []
         return
+    assert sum(seen_rows) >= 384
     twin = kitchen.twin
 
     class Off:
@@ -229,18 +231,39 @@ def test_comfy_kitchen_decodes_segments_with_their_own_scales(
     """A weight of several segments and of rows that differ much: a scale off by one would show."""
     weight = make.weight(2944, 1024, seed="s") * torch.logspace(-2, 2, 2944)[:, None]
     starts: dict[str, set[int]] = {}
-    see = agreement.Agreement.see
+    compared: dict[str, int] = Counter()
+    wants, see = agreement.Agreement.wants, agreement.Agreement.see
 
-    def noted(self: Any, packed: Any, start: int, beside: Any, value: Any) -> None:
+    def noted(self: Any, start: int, rows: int) -> bool:
         starts.setdefault(self._stored.format.name, set()).add(start)
-        see(self, packed, start, beside, value)
+        return wants(self, start, rows)
 
-    monkeypatch.setattr(agreement.Agreement, "see", noted)
+    def counted(self: Any, *args: Any) -> None:
+        compared[self._stored.format.name] += 1
+        see(self, *args)
+
+    monkeypatch.setattr(agreement.Agreement, "wants", noted)
+    monkeypatch.setattr(agreement.Agreement, "see", counted)
     for format_name in STORING:
         tensors = stored(format_name, {f"{LAYER}.weight": weight}, only=[LAYER], scale_search=False)
         assert verify(held(tensors)).findings == (), format_name
     segmented = {name for name, found in starts.items() if len(found) > 2}
     assert {"int8_tensorwise", "nvfp4", "mxfp8", "convrot_w4a4"} <= segmented
+    assert all(compared[name] == 2 for name in segmented if kitchen.has_twin(name))
+
+
+def test_segments_that_are_not_compared_are_decoded_to_the_same_but_for_the_order_of_sums(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = make.weight(2944, 1024, seed="s") * torch.logspace(-2, 2, 2944)[:, None]
+    tensors = stored("int8_tensorwise", {f"{LAYER}.weight": weight}, only=[LAYER], rotate="256")
+    against = held({f"{LAYER}.weight": weight})
+    near = verify(held(tensors), against=against).fidelity
+    monkeypatch.setattr(agreement.Agreement, "wants", lambda *_: True)
+    exact = verify(held(tensors), against=against).fidelity
+    assert near is not None and exact is not None
+    assert near.overall.sqnr == pytest.approx(exact.overall.sqnr, abs=1e-4)
+    assert near.overall.max_abs_error == pytest.approx(exact.overall.max_abs_error, rel=1e-4)
 
 
 @pytest.mark.slow

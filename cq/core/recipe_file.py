@@ -24,10 +24,17 @@ def load_recipe(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
     """
     shown = os.fspath(path)
     try:
-        document = orjson.loads(files.read_document(Path(path)))
+        raw = files.read_document(Path(path))
+        document = orjson.loads(raw)
     except OSError as error:
         raise InputError(f"`{shown}` cannot be read: {error.strerror}") from error
     except orjson.JSONDecodeError as error:
+        if not raw.strip():
+            raise InputError(
+                f"`{shown}` is empty",
+                hint="the command that was to write it has failed; run it again",
+                code="input.recipe",
+            ) from error
         raise InputError(
             f"`{shown}` is not JSON: {error}",
             hint=_BACKSLASHES if "escape" in str(error) else None,

@@ -101,6 +101,11 @@ class Format(ABC):
         much of it is padding. Raises: InputError if the stored tensors do not fit together."""
         ...
 
+    def unturned(self, marker: Mapping[str, Any]) -> tuple[Mapping[str, Any], int | None]:
+        """The marker by which `unpack` leaves a rotated weight in the basis that it is stored in,
+        and the rotation's group; the marker itself and None if there is nothing to leave."""
+        return marker, None
+
     @abstractmethod
     def unpack(
         self,

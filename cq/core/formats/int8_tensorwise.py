@@ -190,6 +190,10 @@ class Int8Tensorwise(Format):
             )
         return shape
 
+    def unturned(self, marker: Mapping[str, Any]) -> tuple[Mapping[str, Any], int | None]:
+        """Without the rotation's flag, wherever it stands."""
+        return {"format": self.name}, convrot_group(marker)
+
     def unpack(
         self,
         rows: torch.Tensor,
