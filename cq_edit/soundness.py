@@ -16,6 +16,8 @@ from cq.core.errors import PlanError
 from cq.core.stored import by_layer
 from cq.core.text import printable
 
+_OF_THE_MODEL = frozenset({"layers.missing", "tensors.missing", "bias.missing"})
+
 
 class Finding(Protocol):
     """What a check found: a slug, the layer or tensor (None for the whole), and what to do.
@@ -80,11 +82,17 @@ def refuse_worse(before: Checkpoint, after: Checkpoint, moved: Mapping[str, str]
 
 def _broken(worse: Sequence[Finding]) -> PlanError:
     first = worse[0]
-    more = f", and {len(worse) - 1} findings more" if len(worse) > 1 else ""
+    more = f", and {len(worse) - 1} more of the kind" if len(worse) > 1 else ""
+    if first.name in _OF_THE_MODEL:
+        hint = "leave what the model needs"
+    else:
+        hint = (
+            "take or leave a quantized layer as a whole (its weight, scales and marker), or make it"
+            " plain with `cq quant --format bf16`"
+        )
     return PlanError(
         f"this edit would make what `cq verify` calls broken: {first}{more} (`{first.name}`)",
         where=None if first.layer is None else printable(first.layer),
-        hint="take or leave a quantized layer as a whole (its weight, scales and marker), or make"
-        " it plain with `cq quant --format bf16`; `--allow-broken` does it all the same",
+        hint=f"{hint}; `--allow-broken` does it all the same",
         code="plan.broken_layer",
     )

@@ -640,6 +640,7 @@ def test_no_output_replaces_what_the_command_reads(tmp_path: Path) -> None:
         ("run", str(plan), "-o", str(plan), "--force", "--shard", "1/1"),
         ("run", str(plan), "-o", "/", "--force"),
         ("run", str(plan), "-o", "/", "--shard", "1/2"),
+        ("run", str(plan), "-o", "/proc/self/fd/1", "--force"),
     ):
         assert quiet(*words) == 4, words
     assert faults.contents(tmp_path) == before

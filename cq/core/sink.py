@@ -90,6 +90,7 @@ class FileSink(JournalledFile):
         try:
             self._claim()
             if not self._resume():
+                self._renew()
                 self._start()
             self.syncer.start()
         except BaseException as error:
@@ -142,6 +143,15 @@ class FileSink(JournalledFile):
         files.write_at(self.fd, memoryview(self.head), 0)  # a power loss may have taken it
         self.journal.begin(self.dated, go_on=True)
         return True
+
+    def _renew(self) -> None:
+        """Begin with a file of our own, where there is one: workers of a cluster may still write to
+        that of a run that was killed."""
+        if os.fstat(self.fd).st_size:
+            self.partial.unlink()
+            os.close(self.fd)
+            self.fd = files.open_own(self.partial)
+            self._claim()
 
     def _start(self) -> None:
         try:
@@ -241,8 +251,11 @@ def check_target(
 
 
 def check_kind(target: Path) -> None:
-    """Raises: PlanError if `target` is there, and no regular file."""
-    if os.path.exists(target) and not os.path.isfile(target):  # never raises, whatever the name
+    """Raises: PlanError if `target` is there, and no regular file; or a name for an open one."""
+    whole = os.path.abspath(target)
+    stream = whole.startswith(("/dev/", "/proc/")) and not whole.startswith("/dev/shm/")
+    # Neither of these ever raises, whatever the name.
+    if stream or (os.path.exists(target) and not os.path.isfile(target)):
         raise PlanError(
             f"`{target}` is not a regular file",
             where=str(target),
