@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench import faults
+
 CQ = [sys.executable, "-m", "cq.cli.entry"]
 DIGITS = Path(__file__).resolve().parent.parent / "examples" / "digits"
 BASE = DIGITS / "digits.safetensors"
@@ -55,6 +57,12 @@ def cq(*args: object, stdin: bytes | None = b"", cwd: Path | None = None, **env:
         check=False,
     )
     return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def quick(*args: object, cwd: Path | None = None) -> Result:
+    """Run one command in a process that has begun with torch; where only what it does matters, not
+    how it begins. Not for `verify`, which would import comfy-kitchen."""
+    return Result(*faults.run([*map(str, args)], cwd or Path.cwd()))
 
 
 def shell(line: str, cwd: Path, *, pipefail: bool = False) -> Result:

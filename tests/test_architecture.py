@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 from cq.cli import main
 from cq.core import catalog
-from tests.processes import BASE, STYLE, cq
+from tests.processes import BASE, STYLE, cq, quick
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cq", "cq_analyze", "cq_edit", "cq_merge", "cq_quant")
@@ -108,21 +108,20 @@ def test_every_plug_loads(kind: str) -> None:
 
 def test_json_documents_are_as_described(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    check("manifest", json.loads(cq("merge", BASE, STYLE).out))
-    check("manifest", json.loads(cq("quant", BASE, "-o", tmp_path / "a.safetensors").out))
-    check("plan", json.loads(cq("merge", BASE, STYLE, "--json").out))
-    check("plan", json.loads(cq("quant", BASE, "--dry-run", "--json").out))
-    check("plan", json.loads(cq("quant", BASE, "-o", out, "--json").out))
-    check("verify", json.loads(cq("verify", out, "--json").out))
+    check("manifest", json.loads(quick("merge", BASE, STYLE).out))
+    check("manifest", json.loads(quick("quant", BASE, "-o", tmp_path / "a.safetensors").out))
+    check("plan", json.loads(quick("merge", BASE, STYLE, "--json").out))
+    check("plan", json.loads(quick("quant", BASE, "--dry-run", "--json").out))
+    check("plan", json.loads(quick("quant", BASE, "-o", out, "--json").out))
     check(
         "verify",
         json.loads(cq("verify", out, "--against", BASE, "--min-sqnr", "90", "--json").out),
     )
-    check("analysis", json.loads(cq("analyze", BASE, "--json").out))
-    check("analysis", json.loads(cq("analyze", out, "--json").out))
-    check("analysis", json.loads(cq("analyze", STYLE, "--json").out))
-    check("recipe", json.loads(cq("template", BASE).out))
-    check("plugins", json.loads(cq("plugins", "--json").out))
+    check("analysis", json.loads(quick("analyze", BASE, "--json").out))
+    check("analysis", json.loads(quick("analyze", out, "--json").out))
+    check("analysis", json.loads(quick("analyze", STYLE, "--json").out))
+    check("recipe", json.loads(quick("template", BASE).out))
+    check("plugins", json.loads(quick("plugins", "--json").out))
     for wrong in (("quant", "none", "--json"), ("quant", "--no-such", "--json"), ("x", "--json")):
         failed = cq(*wrong)
         assert failed.out == ""

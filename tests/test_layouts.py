@@ -41,7 +41,7 @@ from cq.layouts import (
 )
 from cq.layouts.operations import int8_linear, int8_product
 from cq.layouts.plugin import load_plugin
-from tests.processes import BASE
+from tests.processes import BASE, quick
 from tests.processes import cq as run_cq
 
 aten = torch.ops.aten
@@ -1164,6 +1164,6 @@ def test_the_documented_layout_works(tmp_path: Path) -> None:
         ("verify", out, *with_plugin, "--against", source, "--min-sqnr", "8"),
         ("quant", out, *with_plugin, "--format", "bf16", "-o", back),
     ):
-        done = run_cq(*step)
+        done = (run_cq if step[0] == "verify" else quick)(*step)
         assert done.code == 0, done.err
     assert set(make.load(source)) == set(make.load(back))

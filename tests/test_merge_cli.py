@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from cq.cli.main import run
 from cq.cli.output import Terminal
-from tests.processes import BASE, STYLE, shell
+from tests.processes import BASE, STYLE, quick, shell
 
 
 def cq(*argv: object) -> tuple[int, str, str]:
@@ -65,14 +65,16 @@ def test_merge_refuses_words_that_do_not_go_together(words: list[object], messag
 
 
 def test_extract_makes_a_file_and_says_what_its_rank_leaves_out(tmp_path: Path) -> None:
-    done = shell(
-        f"cq merge -q {BASE} {STYLE} -o tuned.st > /dev/null"
-        f" && cq merge --extract tuned.st --from {BASE} --rank 16 -o lora.st > /dev/null"
-        f" && cq merge -q {BASE} lora.st -o back.st > /dev/null",
-        tmp_path,
-    )
-    assert done.code == 0, done.err
-    assert "rank 16 leaves out" in done.err
+    said = ""
+    for words in (
+        ("merge", BASE, STYLE, "-o", "tuned.st"),
+        ("merge", "--extract", "tuned.st", "--from", BASE, "--rank", "16", "-o", "lora.st"),
+        ("merge", BASE, "lora.st", "-o", "back.st"),
+    ):
+        done = quick(*words, cwd=tmp_path)
+        assert done.code == 0, done.err
+        said += done.err
+    assert "rank 16 leaves out" in said
     tuned, back, base = (load_file(p) for p in (tmp_path / "tuned.st", tmp_path / "back.st", BASE))
     layer = "double_blocks.0.img_attn.qkv.weight"
     difference = (tuned[layer] - base[layer]).float()
@@ -85,23 +87,27 @@ def test_extract_makes_a_file_and_says_what_its_rank_leaves_out(tmp_path: Path) 
 def test_a_pipe_of_merge_with_every_option_computes_the_same_file(tmp_path: Path) -> None:
     words = f"{BASE} {STYLE}:0.6 {STYLE}:0.3 --method ties --density 0.5 --dtype fp32 --no-dampen"
     done = shell(
-        f"cq merge -q {words} | cq quant -q --format bf16 -o piped.st > /dev/null"
-        f" && cq merge -q {words} -o staged.st > /dev/null"
-        " && cq quant -q --format bf16 staged.st -o two.st > /dev/null",
+        f"cq merge -q {words} | cq quant -q --format bf16 -o piped.st > /dev/null",
         tmp_path,
     )
     assert done.code == 0, done.err
+    for staged in (
+        ("merge", *words.split(), "-o", "staged.st"),
+        ("quant", "--format", "bf16", "staged.st", "-o", "two.st"),
+    ):
+        done = quick(*staged, cwd=tmp_path)
+        assert done.code == 0, done.err
     assert (tmp_path / "piped.st").read_bytes() == (tmp_path / "two.st").read_bytes()
 
 
 def test_keep_format_goes_back_to_the_same_layers(tmp_path: Path) -> None:
-    done = shell(
-        f"cq quant -q {BASE} -o q.st > /dev/null"
-        f" && cq merge -q q.st {STYLE}:0.8 --keep-format -o m.st > /dev/null"
-        " && cq verify -q m.st > /dev/null",
-        tmp_path,
-    )
-    assert done.code == 0, done.err
+    for words in (
+        ("quant", BASE, "-o", "q.st"),
+        ("merge", "q.st", f"{STYLE}:0.8", "--keep-format", "-o", "m.st"),
+        ("analyze", "m.st"),
+    ):
+        done = quick(*words, cwd=tmp_path)
+        assert done.code == 0, done.err
     with safe_open(tmp_path / "q.st", "pt") as a, safe_open(tmp_path / "m.st", "pt") as b:
         assert sorted(a.keys()) == sorted(b.keys())
         changed = [k for k in a.keys() if not torch.equal(a.get_tensor(k), b.get_tensor(k))]  # noqa: SIM118

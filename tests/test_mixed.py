@@ -72,7 +72,7 @@ def test_only_mixes_formats_in_one_file(base: Path, tmp_path: Path) -> None:
 
 def test_a_mixed_file_is_sound_and_says_who_loads_it(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    done = processes.cq("quant", base, "--recipe", recipe(tmp_path, *RULES), "-o", out)
+    done = processes.quick("quant", base, "--recipe", recipe(tmp_path, *RULES), "-o", out)
     assert done.code == 0, done.err
     assert "ComfyUI 0.27.0 or newer loads the result" in done.err
     checked = processes.cq("verify", out, "--against", base, "--json")
@@ -91,7 +91,7 @@ def test_a_recipe_travels_inside_the_manifest(base: Path, tmp_path: Path) -> Non
     manifest = tmp_path / "manifest.json"
     manifest.write_text(done.out)
     deferred = tmp_path / "deferred.safetensors"
-    assert processes.cq("run", manifest, "-o", deferred).code == 0
+    assert processes.quick("run", manifest, "-o", deferred).code == 0
     assert direct.read_bytes() == deferred.read_bytes()
     history = json.loads(make.metadata(deferred)[HISTORY_KEY])
     assert list(RULES) == history["stages"][0]["rules"]
@@ -104,7 +104,7 @@ def test_recipes_match_their_schema(tmp_path: Path) -> None:
 
 def test_a_rule_that_matches_nothing_is_an_error(base: Path, tmp_path: Path) -> None:
     path = recipe(tmp_path, {"layers": "*.mlp.1", "format": "nvfp4"})
-    done = processes.cq("quant", base, "--recipe", path, "-o", tmp_path / "out.safetensors")
+    done = processes.quick("quant", base, "--recipe", path, "-o", tmp_path / "out.safetensors")
     assert done.code == 4
     assert "`*.mlp.1` matches no layer" in done.err
     assert "did you mean" in done.err
@@ -113,7 +113,7 @@ def test_a_rule_that_matches_nothing_is_an_error(base: Path, tmp_path: Path) -> 
 def test_a_recipe_that_is_none_is_an_input_error(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "layers.json"
     path.write_text('{"_default": {"format": ""}}')
-    done = processes.cq("quant", base, "--recipe", path)
+    done = processes.quick("quant", base, "--recipe", path)
     assert (done.code, done.out) == (3, "")
     assert "is not a recipe" in done.err
 
@@ -203,7 +203,7 @@ def quantized(base: Path, tmp_path: Path) -> Path:
 
 
 def test_a_quantized_source_is_told_what_it_is(quantized: Path) -> None:
-    done = processes.cq("quant", quantized)
+    done = processes.quick("quant", quantized)
     assert done.code == 4
     assert "8 layers: 8 int8_tensorwise" in done.err
     assert "--requantize" in done.err
@@ -213,7 +213,7 @@ def test_requantizing_in_the_same_format_gives_the_same_integers(
     quantized: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "again.safetensors"
-    done = processes.cq("quant", quantized, "--requantize", "--optimizer", "rtn", "-o", out)
+    done = processes.quick("quant", quantized, "--requantize", "--optimizer", "rtn", "-o", out)
     assert done.code == 0, done.err
     before, after = make.load(quantized), make.load(out)
     assert set(before) == set(after)
@@ -241,7 +241,7 @@ def test_requantizing_leaves_layers_that_are_kept_as_they_are(
 
 def test_a_cast_with_only_undoes_these_layers_alone(quantized: Path, tmp_path: Path) -> None:
     out = tmp_path / "partly.safetensors"
-    done = processes.cq("quant", quantized, "--format", "bf16", "--only", "*.mlp.0", "-o", out)
+    done = processes.quick("quant", quantized, "--format", "bf16", "--only", "*.mlp.0", "-o", out)
     assert done.code == 0, done.err
     found = make.load(out)
     assert found[f"{PREFIX}blocks.0.mlp.0.weight"].dtype == torch.bfloat16
@@ -260,7 +260,7 @@ def test_a_cast_to_fp16_that_overflows_names_the_tensor(tmp_path: Path) -> None:
     weight = make.weight(64, 64, dtype="BF16")
     weight[3, 4] = 1e6
     path = make.save(tmp_path / "in.safetensors", {"blocks.0.a.weight": weight})
-    done = processes.cq("quant", path, "--format", "fp16", "-o", tmp_path / "out.safetensors")
+    done = processes.quick("quant", path, "--format", "fp16", "-o", tmp_path / "out.safetensors")
     assert done.code == 3
     assert "`blocks.0.a.weight`" in done.err
     assert "overflows fp16" in done.err
@@ -268,7 +268,7 @@ def test_a_cast_to_fp16_that_overflows_names_the_tensor(tmp_path: Path) -> None:
 
 def test_bf16_undoes_a_quantization(base: Path, quantized: Path, tmp_path: Path) -> None:
     out = tmp_path / "plain.safetensors"
-    assert processes.cq("quant", quantized, "--format", "bf16", "-o", out).code == 0
+    assert processes.quick("quant", quantized, "--format", "bf16", "-o", out).code == 0
     plain, original = make.load(out), make.load(base)
     assert {n: (t.dtype, t.shape) for n, t in plain.items()} == {
         n: (t.dtype, t.shape) for n, t in original.items()
