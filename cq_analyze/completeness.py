@@ -23,9 +23,9 @@ from cq.core.knowledge import Knowledge
 from cq.core.roster import Numbers, Span, filled, place
 from cq.core.stored import SCALED_FP8, is_owned, is_scale
 from cq.core.text import folded, printable
-from cq_analyze import fellows
-from cq_analyze.fellows import nearly_all
+from cq_analyze import unlisted
 from cq_analyze.report import Finding, finding, natural
+from cq_analyze.unlisted import nearly_all
 
 # Of so many kinds of tensors that are nowhere, and half as many that no release has, the latter are
 # taken for the former under another tool's names.
@@ -75,10 +75,12 @@ def judge(
     told = {one.layer for one in found.findings}
     found.findings += [
         one
-        for one in fellows.headless(tensors)
+        for one in unlisted.headless(tensors)
         if one.layer not in told and known.of(one.layer or "") is None
     ]
-    found.notes += fellows.biasless(tensors, [layer for layer in marked if known.of(layer) is None])
+    found.notes += unlisted.biasless(
+        tensors, [layer for layer in marked if known.of(layer) is None]
+    )
     return found.findings, found.notes
 
 

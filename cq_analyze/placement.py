@@ -19,8 +19,8 @@ from cq.core.formats import Format
 from cq.core.knowledge import Knowledge
 from cq.core.stored import SMOOTHING
 from cq.core.text import folded, printable
-from cq_analyze.fellows import nearly_all
 from cq_analyze.report import Finding, finding
+from cq_analyze.unlisted import nearly_all
 
 if TYPE_CHECKING:
     from cq_analyze.structure import Marked
