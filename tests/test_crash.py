@@ -46,7 +46,7 @@ def test_kill_at_random_moments_then_resume_gives_equal_bytes(
     assert cq(*command, "-q", "-o", whole, "--workers", "2").code == 0
     moments = random.Random(optimizer)
     killed = 0
-    for _ in range(3):
+    for _ in range(2):
         process = start(*command, "-o", out, "--workers", "1")
         wait_for(tmp_path / "out.st.partial.journal", process, parts=moments.choice([0, 1, 9, 30]))
         time.sleep(moments.uniform(0, 0.05))

@@ -77,7 +77,7 @@ def decoded(path: Path, layer: str = LAYER) -> torch.Tensor:
 
 
 @EVERY
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(rows=SIDES, columns=SIDES, dtype=st.sampled_from(make.FLOAT_DTYPES))
 def test_format_keeps_its_promise(
     format_name: str,
