@@ -231,6 +231,8 @@ def test_share_of_a_source_that_was_rewritten_is_done_anew(base: Path, tmp_path:
     assert not write_share(work(base), out, Share(1, 1), force=True).ready
     write(work(base), whole)
     assert out.read_bytes() == whole.read_bytes()
+    assert write_share(work(base), out, Share(1, 1)).ready
+    assert not write_share(work(base), out, Share(1, 1), force=True).ready, "it is not asked"
 
 
 def test_another_file_of_the_same_names_and_shapes_is_not_taken_for_the_output(
